@@ -1,0 +1,33 @@
+# Everything a newcomer needs: `make demo`, `make test`. Each makes .venv and installs the package on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+# one torch thread: on shared cores two are many times slower than one
+TEST_ENV = OMP_NUM_THREADS=1
+
+.PHONY: demo test test-all bench lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/autoreid demo --out demo
+
+test: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/drawn_difficulty.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(INSTALLED): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

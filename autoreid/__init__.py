@@ -1,0 +1,5 @@
+"""autoreid: find, train and deploy re-identification networks."""
+
+from autoreid.version import __version__
+
+__all__ = ["__version__"]

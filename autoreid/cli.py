@@ -1,0 +1,430 @@
+"""The command line: every command parses, calls one function of the package and prints what it returns.
+
+torch is imported inside the commands, so that ``autoreid --help`` answers at once. Exit status: 0 done, 2 a user's
+mistake (one line on stderr; ``--debug`` adds the traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from autoreid.errors import UserError, unknown
+from autoreid.runs import say
+from autoreid.version import __version__
+
+
+COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "tune", "compare")
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse with one line for a mistake, the nearest spelling for a mistyped option, and no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", _Formatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False, [], argparse.SUPPRESS):
+            return action.help or ""
+        return super()._get_help_string(action) or ""
+
+
+# ---------------------------------------------------------------------------------------- options, the same everywhere
+def size(text: str) -> list[int]:
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no picture size: give HEIGHTxWIDTH, as in 256x128") from None
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no picture size: both sides must be at least 1")
+    return [height, width]
+
+
+def _dataset(p: Parser, positional: bool = False) -> None:
+    text = "market, veri, drawn-people[-tiny|-market] or drawn-vehicles[-tiny|-market]"
+    if positional:
+        p.add_argument("dataset", metavar="NAME", help=text)
+    else:
+        p.add_argument("--dataset", metavar="NAME", required=True, help=text)
+    p.add_argument("--root", metavar="DIR", help="the folder that holds the dataset's folder, or the dataset's folder "
+                   "itself (drawn data: where to keep it; default the user's cache folder)")
+
+
+def _running(p: Parser, out: str) -> None:
+    p.add_argument("--out", metavar="DIR", default=out, help="where to write")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted run, to the same end")
+    p.add_argument("--overwrite", action="store_true", help="start anew where a run or result lies already")
+
+
+def _training(p: Parser) -> None:
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn")
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures, 0 for none")
+    p.add_argument("--epochs", type=int, metavar="N", help="instead of the preset's or recipe's")
+    p.add_argument("--input", type=size, metavar="HxW", help="picture size, instead of the preset's or recipe's")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
+                   help="any other field (repeat it for several)")
+
+
+def _json(p: Parser) -> None:
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="autoreid", description="Find, train and deploy re-identification networks.",
+        epilog="start with: autoreid demo",
+    )
+    parser.add_argument("--version", action="version", version=f"autoreid {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True, parser_class=Parser)
+
+    def command(name: str, text: str, example: str, run: Any) -> Parser:
+        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}")
+        p.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+        p.set_defaults(run=run)
+        return p
+
+    p = command("demo", "search, retrain and compare on the embedded drawn people, in minutes on two CPU cores",
+                "autoreid demo --out demo", demo)
+    _running(p, "demo")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn")
+
+    p = command("data", "make (drawn-*) or check a dataset: counts, junk, missing or unreadable files, and the fix",
+                "autoreid data market --root ~/data", check_data)
+    _dataset(p, positional=True)
+    _json(p)
+
+    p = command("search", "search a cell by bilevel optimisation with a retrieval loss, on training identities only",
+                "autoreid search --dataset market --root ~/data --method gdas", search)
+    _dataset(p)
+    p.add_argument("--space", default="reid", metavar="NAME|FILE", help="reid, standard, reid-vehicle or a JSON file")
+    p.add_argument("--method", metavar="NAME", help="darts (first order), darts-2 (second order) or gdas; default darts")
+    p.add_argument("--preset", metavar="NAME", help="default, autoreid-iccv19, drawn or demo; default: drawn for drawn "
+                   "data, default for all other")
+    p.add_argument("--arch-loss", metavar="NAME", help="of the alphas: triplet, retrieval or ce (the last two need "
+                   "--set split=image)")
+    _training(p)
+    _running(p, "searches")
+    _json(p)
+
+    p = command("retrain", "train a derived network or a named one by a recipe, and evaluate it once",
+                "autoreid retrain searches/market-reid-gdas-s0/genotype.json --dataset market --root ~/data", retrain)
+    p.add_argument("model", metavar="GENOTYPE.json|MODEL", help="a searched genotype, or a name: `autoreid cost` lists them")
+    _dataset(p)
+    p.add_argument("--recipe", metavar="NAME|FILE", help="default, autoreid-iccv19, drawn, demo or a JSON file; default: "
+                   "drawn for drawn data, default for all other")
+    p.add_argument("--match", metavar="GENOTYPE.json", help="build the model in the size of this searched one")
+    p.add_argument("--name", help="of the result, instead of the model's")
+    p.add_argument("--flip", action="store_true", help="evaluate with the mirror image averaged in")
+    _training(p)
+    _running(p, "results")
+    _json(p)
+
+    p = command("evaluate", "evaluate trained weights under a protocol",
+                "autoreid evaluate results/market/resnet50-s0.safetensors --dataset market --root ~/data", evaluate)
+    p.add_argument("weights", metavar="WEIGHTS", help="a .safetensors file that retrain wrote")
+    _dataset(p)
+    p.add_argument("--protocol", metavar="NAME", help="market1501, veri or plain; default the dataset's own")
+    p.add_argument("--flip", action="store_true", help="average in the mirror image")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--out", metavar="FILE", help="also write the result JSON here")
+    p.add_argument("--overwrite", action="store_true", help="replace the file at --out")
+    _json(p)
+
+    p = command("score", "CMC, mAP and mINP of features made by anything",
+                "autoreid score query.npz gallery.npz --protocol market1501", score)
+    p.add_argument("query", metavar="QUERY.npz", help="features N x D float, identities N int, cameras N int")
+    p.add_argument("gallery", metavar="GALLERY.npz", help="the same of the gallery")
+    p.add_argument("--protocol", default="market1501", metavar="NAME", help="market1501, veri or plain (no cameras)")
+    p.add_argument("--metric", default="euclidean", metavar="NAME", help="euclidean or cosine")
+    _json(p)
+
+    p = command("cost", "parameters, MACs, activation memory and latency of models",
+                "autoreid cost darts-v2 resnet50 --input 384x128", cost)
+    p.add_argument("models", nargs="*", metavar="MODEL|GENOTYPE.json", help="default: every named model")
+    p.add_argument("--input", type=size, default=[256, 128], metavar="HxW", help="picture size")
+    p.add_argument("--match", metavar="GENOTYPE.json", help="build the models in the size of this searched one")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="an option of the models")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--no-latency", action="store_true", help="count only: nothing is run")
+    _json(p)
+
+    p = command("tune", "tune the shared recipe on held-out training identities (not here yet: it comes with the issue "
+                "'One shared recipe, tuned by Optuna')", "autoreid tune --dataset market --root ~/data", tune)
+    _dataset(p)
+    p.add_argument("--storage", metavar="URL", help="of the Optuna study")
+
+    p = command("compare", "table, Pareto fronts and report over results of one dataset; refuses rows not comparable",
+                "autoreid compare results/drawn-people", compare)
+    p.add_argument("folder", nargs="?", default="results", metavar="FOLDER", help="a folder of result files")
+    p.add_argument("--allow-mixed", action="store_true", help="mark rows that are not comparable instead of refusing")
+    _json(p)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------- the commands
+def demo(args: argparse.Namespace) -> None:
+    from autoreid.demo import run_demo
+
+    _threads()
+    text = run_demo(Path(args.out), args.seed, _device(args.device), args.resume, args.overwrite)
+    print(f"{text}\none seed: this shows that the job runs, not which network is better\n"
+          f"Pareto fronts: {Path(args.out) / 'results' / 'drawn-people-tiny' / 'pareto.png'}")
+    _next("autoreid search --dataset drawn-people   (three times the data; then retrain it over three seeds)")
+
+
+def check_data(args: argparse.Namespace) -> int:
+    from autoreid import data
+
+    report = data.check(args.dataset, args.root)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print(json.dumps(report, indent=1))
+    if report["problems"]:
+        return 2
+    _next(f"autoreid search --dataset {args.dataset}{_root(args)}")
+    return 0
+
+
+def search(args: argparse.Namespace) -> None:
+    from autoreid import data
+    from autoreid.plots import draw_search
+    from autoreid.runs import Run, command
+    from autoreid.search import find_settings, search_config
+    from autoreid.search import search as run_search
+    from autoreid.space import SearchSpace
+
+    _threads()
+    changes = _changes(args)
+    for name, value in (("method", args.method), ("arch_loss", args.arch_loss)):
+        if value is not None:
+            changes[name] = value
+    settings = find_settings(args.preset or _preset(args.dataset), changes)
+    space, device = SearchSpace.load(args.space), _device(args.device)
+    samples = data.load(args.dataset, args.root, parts=("train",)).train
+    folder = Path(args.out) / f"{args.dataset}-{space.name}-{settings.method}-s{args.seed}"
+    run = Run(folder, search_config(args.dataset, space, settings, args.seed, device, len(samples)),
+              resume=args.resume, overwrite=args.overwrite)
+    provenance = _provenance(command(), args.dataset, settings.method, args.seed)
+    result = run_search(space, samples, settings, run, args.seed, device, args.workers, provenance)
+    draw_search(folder)
+    figures = {
+        "genotype": str(folder / "genotype.json"), "key": result.genotype.key(), "val_mAP": result.val_mAP,
+        "device_hours": result.device_hours, "peak_memory_bytes": result.peak_memory_bytes,
+    }
+    _figures(args, figures, f"genotype {result.genotype.key()} in {folder / 'genotype.json'}\n"
+             f"search cost {result.device_hours:.3f} {device}-hours, peak memory {result.peak_memory_bytes / 2**30:.2f} "
+             f"GiB, validation mAP {100 * result.val_mAP:.1f} %")
+    _next(f"autoreid retrain {folder / 'genotype.json'} --dataset {args.dataset}{_root(args)}")
+
+
+def retrain(args: argparse.Namespace) -> None:
+    from autoreid.network import find_model
+    from autoreid.train import Recipe, find_recipe
+    from autoreid.train import retrain as run_retrain
+
+    _threads()
+    changes = _changes(args)
+    for_recipe = {key: changes.pop(key) for key in list(changes) if key in Recipe.__dataclass_fields__}
+    try:
+        spec = find_model(args.model, changes, args.match)
+    except UserError as fault:
+        if str(fault).startswith("unknown option of"):  # the user may have meant a field of the recipe
+            raise UserError(f"{fault}; recipe fields: {', '.join(sorted(Recipe.__dataclass_fields__))}") from None
+        raise
+    recipe = find_recipe(args.recipe or _preset(args.dataset), for_recipe)
+    path, result = run_retrain(
+        spec, args.dataset, recipe, args.out, root=args.root, seed=args.seed, device=_device(args.device),
+        workers=args.workers, flip=args.flip, resume=args.resume, overwrite=args.overwrite, name=args.name,
+    )
+    _figures(args, result, f"{_metrics_line(result)}\nresult in {path}")
+    _next(f"autoreid compare {path.parent}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from autoreid.metrics import PROTOCOLS
+    from autoreid.network import ModelSpec, load_weights
+    from autoreid.runs import environment, write_json
+    from autoreid.train import measure
+
+    _threads()
+    if args.protocol is not None and args.protocol not in PROTOCOLS:
+        raise unknown("protocol", args.protocol, PROTOCOLS)
+    if args.out and Path(args.out).exists() and not args.overwrite:
+        raise UserError(f"{args.out} is there already: add --overwrite to replace it, or give another --out")
+    device = _device(args.device)
+    net, metadata = load_weights(args.weights)
+    spec = ModelSpec.from_dict(metadata["model"])
+    result = measure(net.to(device), spec, spec.label, args.dataset, args.root, metadata["input"], device=device,
+                     flip=args.flip, protocol=args.protocol)
+    result.update({"recipe": metadata["recipe"], "seed": metadata["seed"], "init": "scratch",
+                   "trained_on": metadata["dataset"], "environment": environment()})
+    if args.out:
+        write_json(args.out, result)
+    _figures(args, result, _metrics_line(result))
+    _next(f"autoreid cost {spec.name} --input {metadata['input'][0]}x{metadata['input'][1]}")
+
+
+def score(args: argparse.Namespace) -> None:
+    from autoreid.metrics import score as run_score
+
+    metrics = run_score(args.query, args.gallery, args.protocol, args.metric).to_dict()
+    _figures(args, metrics, _metrics_line({**metrics, "queries": metrics}))
+    _next("autoreid search --help")
+
+
+def cost(args: argparse.Namespace) -> None:
+    from autoreid import cost as costs
+    from autoreid.network import find_model, known_models
+    from autoreid.options import split_pairs
+
+    _threads()
+    device, rows = _device(args.device), []
+    for name in args.models or known_models():
+        spec = find_model(name, split_pairs(args.changes), args.match)
+        counted = costs.measure(spec.build, args.input)
+        latency = None if args.no_latency else costs.latency(spec.build(), args.input, device)["median"]
+        rows.append({
+            "model": spec.label, "input": args.input, "params": counted.params, "macs": counted.macs,
+            "macs_all": counted.macs_all, "activation_bytes": counted.activation_bytes, "latency_ms": latency,
+        })
+    lines = [f"{'model':28} {'params':>12} {'MACs':>15} {'MACs, all':>15} {'activations':>12} {'latency':>10}"]
+    lines += [
+        f"{r['model']:28} {r['params']:>12,} {r['macs']:>15,} {r['macs_all']:>15,} {r['activation_bytes'] / 2**20:>8.1f} MiB "
+        + (f"{r['latency_ms']:>7.1f} ms" if r["latency_ms"] is not None else f"{'-':>10}")
+        for r in rows
+    ]
+    height, width = args.input
+    lines.append(f"one {height} x {width} picture, no classifier; MACs: convolutions, linear layers, products; all: MAC + "
+                 "bias + 2 per batch norm + 1 per ReLU element")
+    _figures(args, rows, "\n".join(lines))
+    _next("autoreid retrain MODEL --dataset drawn-people")
+
+
+def tune(args: argparse.Namespace) -> None:
+    raise UserError(
+        "autoreid tune is not here yet: it comes with the issue 'One shared recipe, tuned by Optuna'; until then give "
+        "retrain a recipe with --recipe FILE or --set key=value"
+    )
+
+
+def compare(args: argparse.Namespace) -> None:
+    from autoreid import compare as comparison
+    from autoreid.report import write_comparison
+
+    results = comparison.read_results(args.folder)
+    table = comparison.table(results, allow_mixed=args.allow_mixed)
+    written = write_comparison(Path(args.folder), table)
+    _figures(args, json.loads(table.to_json(orient="records")), comparison.format_table(table))
+    for path in written:
+        print(path, file=sys.stderr)
+    _next("autoreid retrain MODEL --dataset NAME --seed N   (more seeds, more models, then compare again)")
+
+
+# ---------------------------------------------------------------------------------------- small parts
+def _figures(args: argparse.Namespace, figures: Any, text: str) -> None:
+    print(json.dumps(figures) if args.json else text, flush=True)
+
+
+def _next(text: str) -> None:
+    say(f"next: {text}")
+
+
+def _root(args: argparse.Namespace) -> str:
+    return f" --root {shlex.quote(args.root)}" if args.root else ""
+
+
+def _metrics_line(result: dict[str, Any]) -> str:
+    cmc, queries = result["cmc"], result["queries"]
+    return (
+        f"mAP {100 * result['mAP']:.1f} %, rank-1 {100 * cmc['1']:.1f} %, rank-5 {100 * cmc['5']:.1f} %, rank-10 "
+        f"{100 * cmc['10']:.1f} %, mINP {100 * result['mINP']:.1f} %, trapezoid mAP {100 * result['mAP_trapezoid']:.1f} "
+        f"%, {queries['scored']} of {queries['total']} queries scored"
+    )
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    from autoreid.options import split_pairs
+
+    changes: dict[str, Any] = dict(split_pairs(args.changes))
+    for name in ("epochs", "input"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
+    return changes
+
+
+def _preset(dataset: str) -> str:
+    """Drawn pictures are small and meant for CPUs; everything else gets the field's settings."""
+    return "drawn" if dataset.startswith("drawn-") else "default"
+
+
+def _provenance(command: str, dataset: str, method: str, seed: int) -> dict[str, Any]:
+    from autoreid.runs import commit
+
+    return {"command": command, "dataset": dataset, "method": method, "seed": seed, "commit": commit()}
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu")
+    return name
+
+
+def _threads() -> None:
+    """Physical cores shared with others make torch's threads wait for each other; OMP_NUM_THREADS overrides."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv
+    try:
+        parser = build_parser()
+        if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+            raise unknown("command", argv[0], COMMANDS)
+        args = parser.parse_args(argv)
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        again = shlex.join(["autoreid", *(a for a in argv if a not in ("--resume", "--overwrite")), "--resume"])
+        say(f"interrupted; nothing written is lost, go on with: {again}" if argv and argv[0] in
+            ("demo", "search", "retrain") else "interrupted")
+        return 130
+    except UserError as fault:
+        if debug:
+            raise
+        say(f"autoreid: {fault}" if not str(fault).startswith("autoreid") else str(fault))
+        return 2
+    except OSError as fault:
+        if debug:
+            raise
+        where = f" ({fault.filename})" if fault.filename else ""
+        say(f"autoreid: the system refused to read or write{where}: {fault.strerror or fault}; free some space, mend "
+            "the permission or choose another folder with --out or --root; nothing already written is lost")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

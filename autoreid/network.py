@@ -1,0 +1,239 @@
+"""The derived network (a genotype's cells, stacked) and the one place where a model's name becomes a network."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoreid.backbones import BACKBONES
+from autoreid.cell import Cell, make_stem, plan_cells
+from autoreid.errors import UserError, unknown
+from autoreid.genotype import CellGraph, Genotype
+from autoreid.heads import ReIDNet
+from autoreid.ops import OPS, Stripes
+from autoreid.options import parse
+from autoreid.space import SearchSpace, known_spaces, published
+
+
+class Edge(nn.Module):
+    """One operation of a derived cell, with drop-path: in training the whole edge is left out of an example with
+    probability ``drop``, and scaled by 1 / (1 - drop) otherwise (Larsson et al. 2017). Never on an identity: an
+    example would lose its only path.
+    """
+
+    def __init__(self, operation: nn.Module, drop: float) -> None:
+        super().__init__()
+        self.operation = operation
+        self.drop = 0.0 if isinstance(operation, nn.Identity) else drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.operation(x)
+        if self.training and self.drop > 0:
+            keep = torch.rand(y.shape[0], 1, 1, 1, device=y.device) >= self.drop
+            y = y * keep.to(y.dtype) / (1 - self.drop)
+        return y
+
+
+class CellNet(nn.Module):
+    """A backbone from a genotype: stem, then the planned cells (Auto-ReID, Quan et al. 2019, section 3.2).
+
+    B x 3 x H x W -> B x (len(concat) * channels * 2**(stages-1)) x H / 32 x W / 32 with four stages and a stem of
+    total stride 4. ``channels`` is the width of the first stage (paper: 64), ``layers`` the cells of each stage.
+    """
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        channels: int = 64,
+        layers: Sequence[int] = (2, 2, 2, 2),
+        stem: str = "pool",
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= drop_path < 1:
+            raise UserError(f"drop_path is {drop_path}; allowed: from 0 to below 1")
+        stripes = Stripes(genotype.parts, genotype.axis)
+        self.stem = make_stem(stem, channels)
+        plans = plan_cells(channels, layers, len(genotype.concat))
+
+        def cell(plan, graph: CellGraph) -> Cell:
+            operations = iter([op for node in graph for op, _ in node])
+            return Cell(
+                plan,
+                nodes=[[source for _, source in node] for node in graph],
+                concat=genotype.concat,
+                edge=lambda number, source, stride: Edge(
+                    OPS[next(operations)](plan.channels, stride, False, stripes), drop_path
+                ),
+                affine=True,
+            )
+
+        self.cells = nn.ModuleList(cell(p, genotype.reduction if p.reduction else genotype.normal) for p in plans)
+        self._last = [i for i, p in enumerate(plans) if i + 1 == len(plans) or plans[i + 1].stage != p.stage]
+        self.channels = plans[-1].channels * len(genotype.concat)
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The map after every stage, the last one last."""
+        s0 = s1 = self.stem(images)
+        maps = []
+        for i, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1)
+            if i in self._last:
+                maps.append(s1)
+        return maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.stages(images)[-1]
+
+
+# ---------------------------------------------------------------------------------------- names to networks
+@dataclass(frozen=True)
+class ModelSpec:
+    """What rebuilds a network: a backbone's name or a genotype, the backbone's options, the head's options.
+
+    ``label`` is the file-safe name of its results, with the options the user chose: ``resnet18-width20``.
+    """
+
+    name: str
+    genotype: Genotype | None = None
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    head: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    def build(self, drop_path: float = 0.0) -> ReIDNet:
+        """The network with fresh weights; ``drop_path`` is a training matter and only cells have it."""
+        if self.genotype is not None:
+            backbone: nn.Module = CellNet(self.genotype, drop_path=drop_path, **self.backbone)
+        else:
+            backbone = BACKBONES[self.name](**self.backbone)
+        return ReIDNet(backbone, **self.head)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "genotype": self.genotype.to_dict() if self.genotype else None,
+            "backbone": dict(self.backbone),
+            "head": dict(self.head),
+            "label": self.label,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
+        genotype = Genotype.from_dict(data["genotype"]) if data["genotype"] else None
+        return cls(data["name"], genotype, data["backbone"], data["head"], data["label"])
+
+
+def known_models() -> list[str]:
+    """Every name that :func:`find_model` accepts besides the path of a genotype."""
+    return sorted([*BACKBONES, *published(), *(f"random-{space}" for space in known_spaces())])
+
+
+def find_model(
+    name: str, options: Mapping[str, Any] | None = None, match: str | Path | None = None
+) -> ModelSpec:
+    """The model of this name (a backbone, a published genotype, ``random-<space>``) or in this genotype file.
+
+    ``options`` may name any option of the backbone and of the head (pooling, embedding_dim, neck, dropout), and
+    ``genotype_seed`` for a random genotype; an unknown one is a :class:`UserError` that lists them. A searched
+    genotype is built in the size that its search recorded, unless ``options`` say otherwise.
+
+    ``match`` is a searched ``genotype.json`` to be compared with: a genotype is then built in *its* size, and a
+    backbone with a ``width`` as wide as brings its parameters nearest.
+    """
+    options, genotype, label = dict(options or {}), None, name
+    if name.endswith(".json"):
+        genotype = Genotype.load(name)
+        path = Path(name).resolve()
+        label = path.parent.name if path.stem == "genotype" else path.stem
+    elif name in published():
+        genotype = Genotype.load(published()[name])
+    elif name.startswith("random-") and name.removeprefix("random-") in known_spaces():
+        seed = parse("genotype_seed", options.pop("genotype_seed", 0), 0)
+        genotype, label = SearchSpace.load(name.removeprefix("random-")).random(seed), f"{name}-g{seed}"
+    elif name not in BACKBONES:
+        raise unknown("model", name, [*known_models(), "PATH/genotype.json"])
+    backbone_names = model_options(CellNet if genotype else BACKBONES[name])
+    head_names = model_options(ReIDNet)
+    other = Genotype.load(match) if match else None
+    backbone: dict[str, Any] = dict((other or genotype).provenance.get("macro", {})) if genotype else {}
+    head: dict[str, Any] = {}
+    for key, value in options.items():
+        if key in backbone_names:
+            backbone[key] = parse(key, value, backbone_names[key])
+        elif key in head_names:
+            head[key] = parse(key, value, head_names[key])
+        else:
+            raise unknown(f"option of {name}", key, [*backbone_names, *head_names])
+    if other and not genotype:
+        if "width" not in backbone_names:
+            raise UserError(f"--match: {name} has no width to choose; give a model with one, such as resnet18")
+        backbone["width"] = options["width"] = _matching_width(name, backbone, ModelSpec(
+            "", other, other.provenance.get("macro", {})))
+    label = "-".join([label, *(f"{key.replace('_', '')}{_short({**backbone, **head}[key])}" for key in sorted(options))])
+    return ModelSpec(name, genotype, backbone, head, label)
+
+
+def _matching_width(name: str, options: Mapping[str, Any], target: ModelSpec) -> int:
+    """The width whose parameters come nearest to the target's; parameters rise with the width."""
+    with torch.device("meta"):
+        wanted = parameters(target.build().backbone)
+        width, best = 1, parameters(BACKBONES[name](**{**options, "width": 1}))
+        while best < wanted:
+            width += 1
+            before, best = best, parameters(BACKBONES[name](**{**options, "width": width}))
+        return width - 1 if width > 1 and wanted - before < best - wanted else width
+
+
+def parameters(net: nn.Module) -> int:
+    """How many trainable parameters."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def _short(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def model_options(build) -> dict[str, Any]:
+    """The options of a backbone's or head's function and their defaults; drop_path comes from the recipe."""
+    parameters = inspect.signature(build).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "drop_path"}
+
+
+# ---------------------------------------------------------------------------------------- weights on disk
+def save_weights(path: str | Path, net: ReIDNet, spec: ModelSpec, **metadata: Any) -> None:
+    """Safetensors with all that rebuilds the network in the metadata: spec, input size, normalisation."""
+    from safetensors.torch import save
+
+    from autoreid.runs import write_bytes
+
+    header = {"format": "autoreid-weights", "version": "1", "model": json.dumps(spec.to_dict())}
+    header.update({key: json.dumps(value) for key, value in metadata.items()})
+    write_bytes(path, save({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, metadata=header))
+
+
+def load_weights(path: str | Path) -> tuple[ReIDNet, dict[str, Any]]:
+    """The network in eval mode, and the file's metadata (``model``, ``input``, ``mean``, ``std``, ...)."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: `autoreid retrain` writes them beside its result")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as fault:
+        raise UserError(f"{path} is not a safetensors file ({fault})") from None
+    if header.get("format") != "autoreid-weights":
+        raise UserError(f"{path} was not written by autoreid: its metadata do not say how to build the network")
+    metadata = {key: json.loads(value) for key, value in header.items() if key not in ("format", "version")}
+    net = ModelSpec.from_dict(metadata["model"]).build()
+    net.load_state_dict(tensors)
+    return net.eval(), metadata

@@ -1,0 +1,509 @@
+"""The bilevel search with a retrieval loss: Auto-ReID (Quan et al., ICCV 2019, section 3.2, algorithm 1).
+
+    while not converged:
+        batch from D_train:  weights w  <-  lambda * cross-entropy + (1 - lambda) * batch-hard triplet     (eq. 5)
+        batch from D_val:    alphas     <-  triplet                                                        (eq. 4)
+
+D_train and D_val are two halves of the *training* identities; query and gallery are not even opened. What is easy to
+get wrong is decided in :class:`SearchSettings` and in the step functions, each with its source.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoreid.data import Sample
+from autoreid.errors import UserError, unknown
+from autoreid.evaluate import evaluate, held_out_split
+from autoreid.genotype import Genotype
+from autoreid.loading import Augment, PKSampler, TrainLoader, relabel, split_for_search
+from autoreid.losses import batch_hard_triplet
+from autoreid.options import changed, require
+from autoreid.runs import Run, peak_memory_bytes, progress, rows_up_to, say, write_json, write_text
+from autoreid.space import SearchSpace
+from autoreid.supernet import KINDS, Supernet
+
+ARCH_LOSSES = ("triplet", "retrieval", "ce")
+SPLITS = ("identity", "image")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Every number of a search; the defaults are Auto-ReID's (section 4.1) where the paper gives one.
+
+    Decisions where the paper is silent or contradicts itself:
+
+    - ``arch_loss``: the text of section 3.2 updates the alphas by the triplet alone ("triplet"), its algorithm 1 by
+      eq. 5 ("retrieval"); "ce" is the paper's baseline.
+    - ``split``: the paper halves the images ("image"), so that both halves hold the same identities. "identity"
+      keeps the halves' identities apart, as training and test are; the alphas then need a loss without classifier.
+    - ``alpha_warmup`` epochs train the weights alone: early alphas favour operations without weights.
+    - the weights step comes before the alphas step (algorithm 1; DARTS' code has them the other way round).
+    - ``alpha_beta1`` .5 is DARTS'; ``clip`` 5 too (its training is unstable without).
+    - ``tau`` falls linearly per epoch and reaches ``tau_min`` in the last one, as in the GDAS code.
+    - ``identities`` x ``images``: the paper gives the batch, 16, and a class-balanced sampler, not its numbers.
+    """
+
+    method: str = "darts"
+    channels: int = 32
+    layers: tuple[int, ...] = (2, 2, 2, 2)
+    stem: str = "pool"
+    input: tuple[int, ...] = (384, 128)
+    identities: int = 4
+    images: int = 4
+    epochs: int = 200
+    alpha_warmup: int = 10
+    split: str = "identity"
+    arch_loss: str = "triplet"
+    ce_weight: float = 0.5
+    margin: float = 0.3
+    dropout: float = 0.5
+    embedding_dim: int | None = None
+    lr: float = 0.1
+    lr_min: float = 0.001
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    clip: float = 5.0
+    alpha_lr: float = 0.02
+    alpha_milestones: tuple[int, ...] = (60, 150)
+    alpha_gamma: float = 0.1
+    alpha_beta1: float = 0.5
+    alpha_weight_decay: float = 5e-4
+    tau_max: float = 10.0
+    tau_min: float = 0.1
+    gdas_gradient: str = "sampled"
+    flip: float = 0.5
+    pad: int = 10
+    erase: float = 0.0
+    eval_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        for name, allowed in (("arch_loss", ARCH_LOSSES), ("split", SPLITS), ("gdas_gradient", ("sampled", "all"))):
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
+        if self.split == "identity" and self.arch_loss != "triplet":
+            raise UserError(
+                f"arch_loss={self.arch_loss} with split=identity: the classifier knows no identity of the validation "
+                "half; add --set split=image, or use arch_loss=triplet"
+            )
+        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        require(0 <= self.alpha_warmup < self.epochs, "alpha_warmup", self.alpha_warmup, f"0 to {self.epochs - 1}, "
+                "below epochs, or the alphas would never be updated")
+        require(len(self.input) == 2 and min(self.input) >= 16, "input", "x".join(map(str, self.input)),
+                "HxW with both sides at least 16, as in 128x64")
+        require(0 <= self.ce_weight <= 1, "ce_weight", self.ce_weight, "from 0 to 1 (lambda of eq. 5)")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
+        require(self.identities >= 2 and self.images >= 2, "identities, images", (self.identities, self.images),
+                "2 or more each: a triplet needs a positive and a negative")
+        require(self.tau_max >= self.tau_min > 0, "tau_max, tau_min", (self.tau_max, self.tau_min),
+                "tau_max >= tau_min > 0")
+        require(self.lr > 0 and self.alpha_lr > 0, "lr, alpha_lr", (self.lr, self.alpha_lr), "above 0")
+        require(self.eval_every >= 1, "eval_every", self.eval_every, "1 or more (epochs between validations)")
+
+
+# ---------------------------------------------------------------------------------------- the two halves' data
+@dataclass(frozen=True)
+class SearchData:
+    """Batches of both halves and the retrieval task on the validation half."""
+
+    train: TrainLoader
+    val: TrainLoader
+    identities: int  # of the weights' half: what the classifier tells apart
+    train_images: int
+    val_images: int
+    query: Sequence[Sample]
+    gallery: Sequence[Sample]
+
+
+def search_data(samples: Sequence[Sample], settings: SearchSettings, seed: int, workers: int = 0) -> SearchData:
+    """Split the training samples in two (algorithm 1, line 1) and make a class-balanced loader of each half."""
+    train, val = split_for_search(samples, settings.split, seed)
+    labels, identities = relabel(train)
+    if settings.split == "image":  # the same identities on both sides: one numbering, so that the classifier fits
+        number = {sample.identity: label for sample, label in zip(train, labels, strict=True)}
+        val = [sample for sample in val if sample.identity in number]
+        val_labels = [number[sample.identity] for sample in val]
+    else:
+        val_labels, _ = relabel(val)
+    augment = Augment(settings.flip, settings.pad, settings.erase)
+
+    def loader(half: Sequence[Sample], half_labels: Sequence[int], salt: int) -> TrainLoader:
+        sampler = PKSampler(half_labels, settings.identities, settings.images, seed=seed * 2 + salt)
+        return TrainLoader(half, half_labels, settings.input, sampler, augment, seed * 2 + salt, workers)
+
+    query, gallery = held_out_split(val)
+    return SearchData(
+        loader(train, labels, 0), loader(val, val_labels, 1), identities, len(train), len(val), query, gallery
+    )
+
+
+def endless(loader: TrainLoader, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches from global step ``step`` on, epoch after epoch."""
+    while True:
+        epoch, start = divmod(step, len(loader))
+        for batch in loader.epoch(epoch, start):
+            step += 1
+            yield batch
+
+
+# ---------------------------------------------------------------------------------------- the state of a search
+class Searcher:
+    """The supernet, its classifier, both optimisers and the generator of GDAS' noise: all that a checkpoint holds."""
+
+    def __init__(self, space: SearchSpace, settings: SearchSettings, identities: int, seed: int, device: str) -> None:
+        torch.manual_seed(seed)
+        self.settings, self.device = settings, torch.device(device)
+        self.net = Supernet(space, settings.channels, settings.layers, settings.stem).to(device)
+        width = settings.embedding_dim or self.net.dims
+        embedding = [] if settings.embedding_dim is None else [nn.Linear(self.net.dims, width), nn.Dropout(settings.dropout)]
+        self.classifier = nn.Sequential(  # f -> (g) -> h with dropout between, section 3.2
+            nn.Dropout(settings.dropout), *embedding, nn.Linear(width, identities)
+        ).to(device)
+        self.weights = [*self.net.weight_parameters(), *self.classifier.parameters()]
+        self.weight_optimizer = torch.optim.SGD(
+            self.weights, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+        self.alpha_optimizer = torch.optim.Adam(
+            self.net.arch_parameters(), settings.alpha_lr, betas=(settings.alpha_beta1, 0.999),
+            weight_decay=settings.alpha_weight_decay,
+        )
+        self.generator = torch.Generator().manual_seed(seed + 1)
+        self.tau = settings.tau_max
+
+    def schedule(self, epoch: int) -> None:
+        """Set the learning rates and the temperature of ``epoch`` (from 0): functions of the epoch, no state."""
+        s = self.settings
+        fraction = epoch / max(s.epochs - 1, 1)  # 1 in the last epoch, so that every end value is reached
+        cosine = s.lr_min + (s.lr - s.lr_min) * (1 + math.cos(math.pi * fraction)) / 2
+        step = s.alpha_lr * s.alpha_gamma ** sum(epoch >= milestone for milestone in s.alpha_milestones)
+        self.weight_optimizer.param_groups[0]["lr"] = cosine
+        self.alpha_optimizer.param_groups[0]["lr"] = step
+        self.tau = s.tau_max - (s.tau_max - s.tau_min) * fraction
+
+    def edge_weights(self, detach: bool = False) -> dict[str, Sequence]:
+        """The weights of every edge for one forward pass, a new draw each time with GDAS."""
+        if METHODS[self.settings.method].sampled:
+            return self.net.sample(self.tau, self.generator, self.settings.gdas_gradient, detach)
+        return self.net.softmax_weights(detach)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "net": self.net.state_dict(), "classifier": self.classifier.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            "generator": self.generator.get_state(), "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.classifier.load_state_dict(state["classifier"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+# ---------------------------------------------------------------------------------------- losses and steps
+def retrieval_loss(searcher: Searcher, batch: tuple[Tensor, Tensor], edges: dict[str, Sequence]) -> tuple[Tensor, ...]:
+    """Eq. 5 and its two terms on one batch: (lambda * L_s + (1 - lambda) * L_t, L_s, L_t)."""
+    images, labels = (part.to(searcher.device, non_blocking=True) for part in batch)
+    features = searcher.net(images, edges)  # f, B x dims
+    ce = nn.functional.cross_entropy(searcher.classifier(features), labels)
+    triplet = batch_hard_triplet(features, labels, searcher.settings.margin)
+    lam = searcher.settings.ce_weight
+    return lam * ce + (1 - lam) * triplet, ce, triplet
+
+
+def architecture_loss(searcher: Searcher, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """What the alphas minimise on a validation batch: see ``arch_loss`` of the settings."""
+    edges = searcher.edge_weights()
+    if searcher.settings.arch_loss == "triplet":  # no classifier: the identities may be new to it
+        images, labels = (part.to(searcher.device, non_blocking=True) for part in batch)
+        return batch_hard_triplet(searcher.net(images, edges), labels, searcher.settings.margin)
+    loss, ce, _ = retrieval_loss(searcher, batch, edges)
+    return ce if searcher.settings.arch_loss == "ce" else loss
+
+
+def weight_step(searcher: Searcher, batch: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """One SGD step on w; returns (cross-entropy, triplet). The gradients are None again when it ends."""
+    loss, ce, triplet = retrieval_loss(searcher, batch, searcher.edge_weights(detach=True))
+    if not torch.isfinite(loss):
+        raise UserError(
+            f"the search diverged: the training loss is {loss.item()}; lower the learning rate, as in "
+            f"--set lr={searcher.settings.lr / 4:g}"
+        )
+    loss.backward()
+    nn.utils.clip_grad_norm_(searcher.weights, searcher.settings.clip)
+    # operations that GDAS did not draw have no gradient at all, so momentum and decay leave them alone too
+    searcher.weight_optimizer.step()
+    searcher.weight_optimizer.zero_grad(set_to_none=True)
+    return ce.item(), triplet.item()
+
+
+def arch_step(searcher: Searcher, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
+    """One Adam step on the alphas; returns the validation loss. No weight gets a gradient, by construction."""
+    loss, gradients = METHODS[searcher.settings.method].arch_gradient(searcher, train, val)
+    for alpha, gradient in zip(searcher.net.arch_parameters(), gradients, strict=True):
+        alpha.grad = gradient
+    searcher.alpha_optimizer.step()
+    searcher.alpha_optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def first_order(searcher: Searcher, train, val) -> tuple[Tensor, Sequence[Tensor]]:
+    """dL_val(w, alpha) / dalpha (DARTS, section 2.3 with xi = 0; what Auto-ReID used). ``train`` is not read."""
+    loss = architecture_loss(searcher, val)
+    return loss.detach(), torch.autograd.grad(loss, searcher.net.arch_parameters())
+
+
+def second_order(searcher: Searcher, train, val) -> tuple[Tensor, Sequence[Tensor]]:
+    """dL_val(w', alpha) / dalpha with w' one training step ahead (DARTS, eq. 6-8).
+
+    w' = w - eta (mu * buffer + dL_train/dw + decay * w), the step SGD would take at its current rate, without
+    clipping. The Hessian-vector product is a central difference: with g = dL_val/dw' and R = .01 / |g|,
+    d2L_train/(dalpha dw) g = (dL_train(w + R g)/dalpha - dL_train(w - R g)/dalpha) / 2R.
+
+    The three extra passes replay the same dropout, and leave no trace: weights, the batch norms' running statistics
+    and the random state are put back from copies (adding and subtracting R g would leave rounding behind).
+    """
+    net, weights = searcher.net, searcher.weights
+    alphas = net.arch_parameters()
+    group = searcher.weight_optimizer.param_groups[0]
+    eta, mu, decay = group["lr"], group["momentum"], group["weight_decay"]
+    saved = [w.detach().clone() for w in weights]
+    buffers = [b.detach().clone() for b in net.buffers()]
+    rng = torch.get_rng_state()
+
+    def training_loss() -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(rng)
+            return retrieval_loss(searcher, train, searcher.edge_weights())[0]
+
+    def put_back(offset: float, direction: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for w, old, d in zip(weights, saved, direction, strict=True):
+                w.copy_(old + offset * d)
+
+    def over_weights(loss: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(loss, weights, allow_unused=True)  # a triplet does not read the classifier
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+
+    # w': the step ahead
+    ahead = [g + decay * w.detach() for g, w in zip(over_weights(training_loss()), weights, strict=True)]
+    for d, w in zip(ahead, weights, strict=True):
+        momentum = searcher.weight_optimizer.state.get(w, {}).get("momentum_buffer")
+        if momentum is not None:
+            d.add_(momentum, alpha=mu)
+    put_back(-eta, ahead)
+
+    # the validation loss there, and its gradients over alpha and w'
+    loss = architecture_loss(searcher, val)
+    direct = torch.autograd.grad(loss, alphas, retain_graph=True)
+    g = over_weights(loss)
+
+    # the Hessian-vector product by a central difference around w
+    r = 0.01 / torch.sqrt(sum((d.double().square().sum() for d in g), start=g[0].new_zeros((), dtype=torch.double))).item()
+    put_back(r, g)
+    plus = torch.autograd.grad(training_loss(), alphas)
+    put_back(-r, g)
+    minus = torch.autograd.grad(training_loss(), alphas)
+
+    put_back(0.0, g)
+    with torch.no_grad():
+        for buffer, old in zip(net.buffers(), buffers, strict=True):
+            buffer.copy_(old)
+    return loss.detach(), [d - eta * (p - m) / (2 * r) for d, p, m in zip(direct, plus, minus, strict=True)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Whether edges are sampled, and how the alphas' gradient is taken."""
+
+    sampled: bool
+    arch_gradient: Callable[..., tuple[Tensor, Sequence[Tensor]]]
+
+
+METHODS: dict[str, Method] = {
+    "darts": Method(sampled=False, arch_gradient=first_order),
+    "darts-2": Method(sampled=False, arch_gradient=second_order),
+    "gdas": Method(sampled=True, arch_gradient=first_order),
+}
+
+# Settings by name. "default" is the paper's with the halves' identities apart and an alpha warm-up. "drawn" is for the
+# drawn data on two CPU cores: small pictures, few channels, one cell per stage (depthwise convolutions are slow there).
+PRESETS: dict[str, SearchSettings] = {
+    "default": SearchSettings(),
+    "autoreid-iccv19": SearchSettings(split="image", alpha_warmup=0),
+    "drawn": SearchSettings(
+        channels=8, layers=(1, 1, 1), stem="half", input=(64, 32), identities=8, images=4, epochs=20, alpha_warmup=4,
+        lr=0.05, alpha_milestones=(), pad=4, dropout=0.0,
+    ),
+}
+PRESETS["demo"] = replace(PRESETS["drawn"], epochs=8, alpha_warmup=2)
+
+
+def find_settings(preset: str, changes: dict[str, Any]) -> SearchSettings:
+    """A preset by name, with ``changes`` applied."""
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    return changed(PRESETS[preset], changes, "search settings")
+
+
+# ---------------------------------------------------------------------------------------- the loop
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found and what it cost."""
+
+    genotype: Genotype
+    val_mAP: float | None
+    device_hours: float
+    peak_memory_bytes: int
+
+
+def entropy(weights: Tensor) -> float:
+    """Mean entropy of the edges' softmax in nats: log(operations) at the start, 0 when every edge has decided."""
+    return float(-(weights * weights.clamp_min(1e-12).log()).sum(dim=1).mean())
+
+
+def search(
+    space: SearchSpace,
+    samples: Sequence[Sample],
+    settings: SearchSettings,
+    run: Run,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int = 0,
+    provenance: dict[str, Any] | None = None,
+) -> SearchResult:
+    """Search ``space`` on training ``samples`` and record it in ``run``; goes on from the run's checkpoint if any.
+
+    Written after every epoch: ``curves.csv`` (losses, validation mAP, entropies, tau, seconds, memory), ``alphas.csv``
+    (every edge's softmax), ``genotype.json`` (the genotype of the moment) and the checkpoint.
+    """
+    data = search_data(samples, settings, seed, workers)
+    searcher = Searcher(space, settings, data.identities, seed, device)
+    first, seconds = 0, 0.0
+    curves, trajectories = run.folder / "curves.csv", run.folder / "alphas.csv"
+    if (state := run.load()) is not None:
+        searcher.load(state["searcher"])
+        first, seconds = state["epoch"], state["seconds"]
+        say(f"resumed after epoch {first} of {settings.epochs}")
+    rows = rows_up_to(curves, first) or [
+        "epoch,loss_ce,loss_triplet,loss_alpha,val_mAP,val_rank1,entropy_normal,entropy_reduction,tau,lr,seconds,"
+        "memory_bytes"
+    ]
+    alphas = rows_up_to(trajectories, first) or ["epoch,cell,edge,operation,weight"]
+    val_map: float | None = None
+    for epoch in range(first, settings.epochs):
+        begin = time.monotonic()
+        searcher.schedule(epoch)
+        losses = run_epoch(searcher, data, epoch)
+        seconds += time.monotonic() - begin
+        val_map, rank1 = None, None
+        if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
+            val_map, rank1 = validate(searcher, data)
+        softmax = {kind: w.detach().cpu() for kind, w in searcher.net.softmax_weights().items()}
+        rows.append(",".join(_cell_text(v) for v in (
+            epoch, *losses, val_map, rank1, *(entropy(softmax[kind]) for kind in KINDS), searcher.tau,
+            searcher.weight_optimizer.param_groups[0]["lr"], seconds, memory_bytes(searcher.device),
+        )))
+        alphas.extend(
+            f"{epoch},{kind},{source}->{node},{operation},{weight:.6g}"
+            for kind in KINDS
+            for (node, source), row in zip(space.edges, softmax[kind].tolist(), strict=True)
+            for operation, weight in zip(space.operations, row, strict=True)
+        )
+        write_text(curves, "\n".join(rows) + "\n")
+        write_text(trajectories, "\n".join(alphas) + "\n")
+        genotype = searcher.net.derive(**(provenance or {}), macro=macro(settings), epoch=epoch + 1)
+        write_text(run.folder / "genotype.json", genotype.to_json())
+        run.save({"searcher": searcher.state(), "epoch": epoch + 1, "seconds": seconds})
+        left = seconds / (epoch + 1) * (settings.epochs - epoch - 1)
+        shown = "" if val_map is None else f", val mAP {100 * val_map:.1f} %"
+        say(f"epoch {epoch + 1}/{settings.epochs}: ce {losses[0]:.3f}, triplet {losses[1]:.3f}{shown}, {left:.0f} s left")
+    if val_map is None:  # resumed after the last epoch: only the closing files were missing
+        val_map, _ = validate(searcher, data)
+    genotype = searcher.net.derive(**(provenance or {}), macro=macro(settings), epoch=settings.epochs)
+    result = SearchResult(genotype, val_map, seconds / 3600, memory_bytes(searcher.device))
+    write_json(run.summary, {
+        "genotype": genotype.key(), "val_mAP": val_map, "device_hours": result.device_hours, "device": device,
+        "peak_memory_bytes": result.peak_memory_bytes, "steps": settings.epochs * len(data.train),
+        "split": {"train": data.train_images, "val": data.val_images}, "settings": asdict(settings),
+    })
+    return result
+
+
+def search_config(
+    dataset: str, space: SearchSpace, settings: SearchSettings, seed: int, device: str, images: int
+) -> dict[str, Any]:
+    """What a search is asked: a run can only be resumed with the same."""
+    return {
+        "dataset": dataset, "space": asdict(space), "settings": asdict(settings), "seed": seed, "device": device,
+        "train_images": images,
+    }
+
+
+def macro(settings: SearchSettings) -> dict[str, Any]:
+    """The derived network's size unless the user asks for another: the searched one's, twice as wide (paper: 32, 64)."""
+    return {"channels": 2 * settings.channels, "layers": list(settings.layers), "stem": settings.stem}
+
+
+def run_epoch(searcher: Searcher, data: SearchData, epoch: int) -> tuple[float | None, ...]:
+    """Algorithm 1's loop over the batches of one epoch; mean (cross-entropy, triplet, alpha loss or None)."""
+    searcher.net.train()
+    searcher.classifier.train()
+    steps = len(data.train)
+    update_alphas = epoch >= searcher.settings.alpha_warmup
+    validation = endless(data.val, (epoch - searcher.settings.alpha_warmup) * steps) if update_alphas else None
+    sums = [0.0, 0.0, 0.0]
+    for train in progress(data.train.epoch(epoch), steps, f"search epoch {epoch + 1}"):
+        ce, triplet = weight_step(searcher, train)
+        alpha = arch_step(searcher, train, next(validation)) if validation is not None else 0.0
+        sums = [total + value for total, value in zip(sums, (ce, triplet, alpha), strict=True)]
+    ce, triplet, alpha = (total / steps for total in sums)
+    return ce, triplet, alpha if update_alphas else None
+
+
+def validate(searcher: Searcher, data: SearchData) -> tuple[float, float]:
+    """mAP and rank-1 of the supernet on the validation half, whose weights it has never been trained on.
+
+    The alphas have: this figure watches the search, it does not say how good the derived network will be. GDAS is
+    measured as the path it would derive, DARTS as its mixture.
+    """
+    sampled = METHODS[searcher.settings.method].sampled
+    edges = searcher.net.derived_weights() if sampled else searcher.net.softmax_weights(detach=True)
+    net = _WithEdges(searcher.net, edges)
+    metrics = evaluate(net, data.query, data.gallery, searcher.settings.input, device=str(searcher.device))
+    return metrics.mAP, metrics.cmc[1]
+
+
+class _WithEdges(nn.Module):
+    """The supernet with its edges' weights fixed, as a net from images to features."""
+
+    def __init__(self, net: Supernet, edges: dict[str, Sequence]) -> None:
+        super().__init__()
+        self.net, self.edges = net, edges
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images, self.edges)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the CUDA allocator on a GPU, else of the process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
+
+
+def _cell_text(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
