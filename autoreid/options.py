@@ -41,14 +41,25 @@ def parse(name: str, text: Any, default: Any) -> Any:
         raise UserError(f"{name}={text}: {name} must be {kind} (default {default})") from None
 
 
-def changed(settings: Settings, changes: Mapping[str, Any], what: str) -> Settings:
-    """A copy of a dataclass with fields replaced; an unknown field is a :class:`UserError` that lists the known."""
+def changed(settings: Settings, changes: Mapping[str, Any], what: str, follow_epochs: Iterable[str] = ()) -> Settings:
+    """A copy of a dataclass with fields replaced; an unknown field is a :class:`UserError` that lists the known.
+
+    The fields in ``follow_epochs`` (a warm-up, milestones) keep their share of the epochs when only ``epochs`` is
+    changed, so that a short trial of a long recipe needs one option.
+    """
     defaults = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
     for key in changes:
         if key not in defaults:
             raise unknown(f"{what} field", key, defaults)
     values = {key: parse(key, value, defaults[key]) for key, value in changes.items()}
+    if "epochs" in values:
+        for name in follow_epochs:
+            values.setdefault(name, _share(defaults[name], values["epochs"], defaults["epochs"]))
     return dataclasses.replace(settings, **values)  # type: ignore[type-var]
+
+
+def _share(value: Any, epochs: int, before: int) -> Any:
+    return tuple(_share(v, epochs, before) for v in value) if isinstance(value, tuple) else value * epochs // before
 
 
 def require(fits: bool, name: str, value: Any, allowed: str) -> None:

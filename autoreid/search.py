@@ -254,8 +254,8 @@ def weight_step(searcher: Searcher, batch: tuple[Tensor, Tensor]) -> tuple[float
 
 def arch_step(searcher: Searcher, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
     """One Adam step on the alphas; returns the validation loss. No weight gets a gradient, by construction."""
-    loss, gradients = METHODS[searcher.settings.method].arch_gradient(searcher, train, val)
-    for alpha, gradient in zip(searcher.net.arch_parameters(), gradients, strict=True):
+    loss, found = METHODS[searcher.settings.method].arch_gradient(searcher, train, val)
+    for alpha, gradient in zip(searcher.net.arch_parameters(), found, strict=True):
         alpha.grad = gradient
     searcher.alpha_optimizer.step()
     searcher.alpha_optimizer.zero_grad(set_to_none=True)
@@ -265,14 +265,23 @@ def arch_step(searcher: Searcher, train: tuple[Tensor, Tensor], val: tuple[Tenso
 def first_order(searcher: Searcher, train, val) -> tuple[Tensor, Sequence[Tensor]]:
     """dL_val(w, alpha) / dalpha (DARTS, section 2.3 with xi = 0; what Auto-ReID used). ``train`` is not read."""
     loss = architecture_loss(searcher, val)
-    return loss.detach(), torch.autograd.grad(loss, searcher.net.arch_parameters())
+    return loss.detach(), gradients(loss, searcher.net.arch_parameters())
 
 
-def second_order(searcher: Searcher, train, val) -> tuple[Tensor, Sequence[Tensor]]:
+def gradients(loss: Tensor, parameters: Sequence[Tensor], retain_graph: bool = False) -> list[Tensor]:
+    """dloss / dparameters; zeros where the loss does not read one (a triplet and the classifier, or a GDAS draw of
+    ``none`` on every edge of a kind of cell)."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def second_order(searcher: Searcher, train, val, epsilon: float = 0.01) -> tuple[Tensor, Sequence[Tensor]]:
     """dL_val(w', alpha) / dalpha with w' one training step ahead (DARTS, eq. 6-8).
 
     w' = w - eta (mu * buffer + dL_train/dw + decay * w), the step SGD would take at its current rate, without
-    clipping. The Hessian-vector product is a central difference: with g = dL_val/dw' and R = .01 / |g|,
+    clipping. The Hessian-vector product is a central difference: with g = dL_val/dw' and R = epsilon / |g|,
     d2L_train/(dalpha dw) g = (dL_train(w + R g)/dalpha - dL_train(w - R g)/dalpha) / 2R.
 
     The three extra passes replay the same dropout, and leave no trace: weights, the batch norms' running statistics
@@ -296,12 +305,8 @@ def second_order(searcher: Searcher, train, val) -> tuple[Tensor, Sequence[Tenso
             for w, old, d in zip(weights, saved, direction, strict=True):
                 w.copy_(old + offset * d)
 
-    def over_weights(loss: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(loss, weights, allow_unused=True)  # a triplet does not read the classifier
-        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
-
     # w': the step ahead
-    ahead = [g + decay * w.detach() for g, w in zip(over_weights(training_loss()), weights, strict=True)]
+    ahead = [g + decay * w.detach() for g, w in zip(gradients(training_loss(), weights), weights, strict=True)]
     for d, w in zip(ahead, weights, strict=True):
         momentum = searcher.weight_optimizer.state.get(w, {}).get("momentum_buffer")
         if momentum is not None:
@@ -310,15 +315,16 @@ def second_order(searcher: Searcher, train, val) -> tuple[Tensor, Sequence[Tenso
 
     # the validation loss there, and its gradients over alpha and w'
     loss = architecture_loss(searcher, val)
-    direct = torch.autograd.grad(loss, alphas, retain_graph=True)
-    g = over_weights(loss)
+    direct = gradients(loss, alphas, retain_graph=True)
+    g = gradients(loss, weights)
 
     # the Hessian-vector product by a central difference around w
-    r = 0.01 / torch.sqrt(sum((d.double().square().sum() for d in g), start=g[0].new_zeros((), dtype=torch.double))).item()
+    norm = math.sqrt(sum(d.double().square().sum().item() for d in g))
+    r = epsilon / max(norm, 1e-12)
     put_back(r, g)
-    plus = torch.autograd.grad(training_loss(), alphas)
+    plus = gradients(training_loss(), alphas)
     put_back(-r, g)
-    minus = torch.autograd.grad(training_loss(), alphas)
+    minus = gradients(training_loss(), alphas)
 
     put_back(0.0, g)
     with torch.no_grad():
@@ -358,7 +364,7 @@ def find_settings(preset: str, changes: dict[str, Any]) -> SearchSettings:
     """A preset by name, with ``changes`` applied."""
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    return changed(PRESETS[preset], changes, "search settings")
+    return changed(PRESETS[preset], changes, "search settings", ("alpha_warmup", "alpha_milestones"))
 
 
 # ---------------------------------------------------------------------------------------- the loop

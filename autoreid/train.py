@@ -126,7 +126,7 @@ def find_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
         recipe = RECIPES[name]
     else:
         raise unknown("recipe", name, [*RECIPES, "PATH/recipe.json"])
-    return changed(recipe, changes or {}, "recipe")
+    return changed(recipe, changes or {}, "recipe", ("warmup_epochs", "milestones"))
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -22,8 +22,8 @@ from autoreid.data import drawn, drawn_layout, drawn_people, drawn_scene, drawn_
 from autoreid.errors import UserError
 
 MODULES = {"people": drawn_people, "vehicles": drawn_vehicles}
-COUNTS = drawn.Counts(train_identities=6, train_tracklets=14, train_images=31, test_identities=5, queries=13, gallery=27,
-                      cameras=4, distractors=4, junk=3)
+COUNTS = drawn.Counts(train_identities=6, train_tracklets=14, train_images=31, test_identities=5, queries=13,
+                      gallery=27, cameras=4, distractors=4, junk=3)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,20 @@ def test_people_told_apart_on_paper_are_told_apart_on_two_of_four_yaws():
         assert differing >= 2, (seed, drawn_people.differences(figures[0].person, figures[1].person))
 
 
+def test_vehicles_told_apart_on_paper_are_told_apart_from_front_and_rear():
+    scale, offset, light = np.array((80.0, 80.0)), np.array((48.0, 60.0)), np.array((0.3, 0.3, 0.83))
+    for seed in range(25):
+        pair = drawn_vehicles.draw_group(np.random.default_rng(seed), 2, 6)
+        painted = [drawn_vehicles.dress(vehicle) for vehicle in pair]
+        differing = []
+        for yaw in np.radians([35, 145, 215, 325]):
+            screen, to_camera = drawn_vehicles.project(yaw, 0.35)
+            first, second = (drawn_vehicles.paint_faces(one.faces, screen, to_camera, scale, offset, light, 0.6, 96, 96)[0]
+                             for one in painted)
+            differing.append(int((np.abs(first - second).max(2) > 0.1).sum()) > 20)
+        assert sum(differing) >= 2, (seed, drawn_vehicles.differences(*pair))
+
+
 def test_mirror_images_and_hidden_things_do_not_count_as_differences():
     person = drawn_people.draw_person(np.random.default_rng(1))
     left = replace(person, bag=("hand", "red", "white", 1), armband=("red", 1), bottom_kind="trousers")
@@ -317,8 +331,8 @@ def test_a_folder_drawn_otherwise_is_refused_with_what_to_do(mini, tmp_path, mon
     monkeypatch.setattr(drawn, "VERSION", 99)
     with pytest.raises(UserError) as caught:
         drawn.ensure("people", "mini", mini["people"].parent)
-    assert str(caught.value) == (f"{mini['people']} was drawn otherwise (version 1 instead of 99); delete that folder to "
-                                 "have it drawn anew, or give another root")
+    assert str(caught.value) == (f"{mini['people']} was drawn otherwise (version 1 instead of 99); delete that folder "
+                                 "to have it drawn anew, or give another root")
     half = tmp_path / "drawn-people-mini"
     half.mkdir()
     (half / "query").mkdir()
