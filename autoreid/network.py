@@ -208,14 +208,18 @@ def model_options(build) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------- weights on disk
 def save_weights(path: str | Path, net: ReIDNet, spec: ModelSpec, **metadata: Any) -> None:
-    """Safetensors with all that rebuilds the network in the metadata: spec, input size, normalisation."""
+    """Safetensors with all that rebuilds the network in the metadata: spec, input size, normalisation.
+
+    The metadata are one JSON value under the key ``autoreid``: the format does not keep the order of several keys, and
+    equal weights should be equal files.
+    """
     from safetensors.torch import save
 
     from autoreid.runs import write_bytes
 
-    header = {"format": "autoreid-weights", "version": "1", "model": json.dumps(spec.to_dict())}
-    header.update({key: json.dumps(value) for key, value in metadata.items()})
-    write_bytes(path, save({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, metadata=header))
+    header = {"format": "autoreid-weights", "version": 1, "model": spec.to_dict(), **metadata}
+    tensors = {name: value.contiguous().cpu() for name, value in net.state_dict().items()}
+    write_bytes(path, save(tensors, metadata={"autoreid": json.dumps(header)}))
 
 
 def load_weights(path: str | Path) -> tuple[ReIDNet, dict[str, Any]]:
@@ -227,13 +231,12 @@ def load_weights(path: str | Path) -> tuple[ReIDNet, dict[str, Any]]:
         raise UserError(f"no weights at {path}: `autoreid retrain` writes them beside its result")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get("autoreid", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as fault:
         raise UserError(f"{path} is not a safetensors file ({fault})") from None
     if header.get("format") != "autoreid-weights":
         raise UserError(f"{path} was not written by autoreid: its metadata do not say how to build the network")
-    metadata = {key: json.loads(value) for key, value in header.items() if key not in ("format", "version")}
-    net = ModelSpec.from_dict(metadata["model"]).build()
+    net = ModelSpec.from_dict(header["model"]).build()
     net.load_state_dict(tensors)
-    return net.eval(), metadata
+    return net.eval(), header

@@ -155,9 +155,9 @@ class Run:
         self.config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         existing = self.folder / "config.json"
         if existing.exists() and not (resume or overwrite):
-            state = "finished" if self.summary.exists() else "unfinished"
+            state = "a finished" if self.summary.exists() else "an unfinished"
             raise UserError(
-                f"{self.folder} already holds a {state} run: add --resume to go on with it, "
+                f"{self.folder} already holds {state} run: add --resume to go on with it, "
                 f"--overwrite to start it anew, or --out DIR to write elsewhere"
             )
         if existing.exists() and resume:

@@ -353,7 +353,7 @@ PRESETS: dict[str, SearchSettings] = {
     "default": SearchSettings(),
     "autoreid-iccv19": SearchSettings(split="image", alpha_warmup=0),
     "drawn": SearchSettings(
-        channels=8, layers=(1, 1, 1), stem="half", input=(64, 32), identities=8, images=4, epochs=20, alpha_warmup=4,
+        channels=8, layers=(1, 1, 1), stem="half", input=(64, 32), identities=8, images=4, epochs=14, alpha_warmup=3,
         lr=0.05, alpha_milestones=(), pad=4, dropout=0.0,
     ),
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import sys
@@ -64,7 +65,8 @@ def _hide(image: np.ndarray, mask: np.ndarray, view: str, number: int) -> np.nda
     hidden = np.zeros_like(mask)
     if view == "no_box" and len(rows):
         grow_y, grow_x = 4 + len(mask) // 20, 4 + mask.shape[1] // 20
-        hidden[max(0, rows.min() - grow_y):rows.max() + grow_y, max(0, columns.min() - grow_x):columns.max() + grow_x] = 1
+        top, left = max(0, rows.min() - grow_y), max(0, columns.min() - grow_x)
+        hidden[top:rows.max() + grow_y, left:columns.max() + grow_x] = True
     elif len(rows):
         for dy in range(-3, 4):
             for dx in range(-3, 4):
@@ -187,7 +189,7 @@ def triplet(features: torch.Tensor, labels: torch.Tensor, margin: float = 0.3) -
 
 def train(folder: Path, kind: str, stripes: int, seed: int, steps: int, view: str = "whole",
           test_views: tuple[str, ...] = ("whole",)) -> list[dict]:
-    """Train one net and test it on each of the views: 16 x 4 a batch, AdamW 3.5e-3, one-cycle, smoothed CE + triplet."""
+    """Train one net and test it on each view: batches of 16 x 4, AdamW 3.5e-3, one-cycle, smoothed CE + triplet."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     started, cpu = time.perf_counter(), time.process_time()
@@ -242,8 +244,8 @@ def summarise(rows: list[dict]) -> list[dict]:
         by_net = {name: {row["seed"]: row["mAP"] for row in whole if row["data"] == kind and row["name"] == name}
                   for name in dict.fromkeys(row["name"] for row in whole if row["data"] == kind)}
         for name, scores in by_net.items():
-            out.append({"data": kind, "name": f"{name}, mean of {len(scores)} seeds", "mAP": float(np.mean(list(scores.values()))),
-                        "sd": _spread(list(scores.values()))})
+            out.append({"data": kind, "name": f"{name}, mean of {len(scores)} seeds",
+                        "mAP": float(np.mean(list(scores.values()))), "sd": _spread(list(scores.values()))})
         if len(by_net) == 2:
             plain, part = by_net.values()
             gains = [part[seed] - plain[seed] for seed in plain if seed in part]
@@ -257,7 +259,7 @@ def _spread(values: list[float]) -> float | None:
 
 
 def show(rows: list[dict]) -> None:
-    print(f"{'data':9} {'what':52} {'mAP %':>7} {'sd':>5} {'rank-1 %':>8}  {'CPU s':>6}")
+    print(f"{'data':9} {'what':66} {'mAP %':>7} {'sd':>5} {'rank-1 %':>8}  {'CPU s':>6}")
     for row in rows:
         name = row["name"]
         if "seed" in row:
@@ -266,7 +268,8 @@ def show(rows: list[dict]) -> None:
                 name += f", {row['trained_on']} -> {row['tested_on']}"
         spread = f"{100 * row['sd']:5.1f}" if row.get("sd") is not None else ""
         first = f"{100 * row['rank1']:8.1f}" if "rank1" in row else ""
-        print(f"{row['data']:9} {name:52} {100 * row['mAP']:7.1f} {spread:>5} {first:>8}  {row.get('cpu_seconds', ''):>6}")
+        cost = row.get("cpu_seconds", "")
+        print(f"{row['data']:9} {name:66} {100 * row['mAP']:7.1f} {spread:>5} {first:>8}  {cost:>6}")
 
 
 def machine() -> str:
@@ -275,13 +278,7 @@ def machine() -> str:
             model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         model = platform.machine()
-    return f"{model}, {len(drawn_cores())} cores"
-
-
-def drawn_cores() -> list[int]:
-    import os
-
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def main() -> int:

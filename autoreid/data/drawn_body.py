@@ -118,7 +118,7 @@ def body_faces(body: Body, width: float, stretch: float, strips: dict[str, np.nd
     for side, texture in sides.items():
         texture = _cut(texture, body)
         rows = len(texture)
-        split = int(round((1 - body.waist / body.height) * rows))
+        split = round((1 - body.waist / body.height) * rows)
         waist = body.height * (1 - split / rows)
         middle = (body.nose_x + body.tail_x) / 2
         reach = (body.nose_x - body.tail_x) / 2

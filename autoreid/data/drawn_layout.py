@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +29,11 @@ FOLDERS = {
 class Record:
     """What is known about one image."""
 
-    truth: dict[str, object]
+    truth: dict[str, Any]
     mask: np.ndarray            # packed bits, HW/8 uint8
     parts: np.ndarray           # H/2 x W/2 uint8
     digest: str                 # sha256 of the file
-    attributes: dict[str, object]
+    attributes: dict[str, Any]
 
 
 def file_name(kind: str, identity: int, camera: int, tracklet: int, number: int) -> str:
@@ -82,8 +83,8 @@ def _write_veri(folder: Path, records: list[Record]) -> None:
         splits[record.truth["split"]].append(record)
     for split, name in (("train", "train"), ("query", "query"), ("gallery", "test")):
         (folder / f"name_{name}.txt").write_text("".join(f"{r.truth['file']}\n" for r in splits[split]))
-    rows: dict[object, list[tuple[int, object]]] = defaultdict(list)
-    tracks: dict[object, list[str]] = defaultdict(list)
+    rows: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    tracks: dict[int, list[str]] = defaultdict(list)
     for row, record in enumerate(splits["gallery"], start=1):
         rows[record.truth["identity"]].append((row, record.truth["camera"]))
         tracks[record.truth["tracklet"]].append(record.truth["file"])

@@ -16,12 +16,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from autoreid.data import drawn_scene as scene
 from autoreid.data.drawn_figure import PARTS, TAU, Canvas, paint
-from autoreid.data.drawn_scene import Camera, Nuisance, Picture, colour, contrasting, pick
+from autoreid.data.drawn_scene import (
+    Camera,
+    Nuisance,
+    Picture,
+    colour,
+    contrasting,
+    pick,
+)
 
 HEIGHT, WIDTH = 128, 64
 SUPER = 2                   # painted at twice the size, then box-reduced
@@ -186,7 +194,7 @@ def draw_group(rng: np.random.Generator, count: int, n_diff: int) -> list[Person
     return members
 
 
-def attributes(person: Person) -> dict[str, object]:
+def attributes(person: Person) -> dict[str, Any]:
     """The specification as plain JSON values."""
     return asdict(person)
 
@@ -199,7 +207,7 @@ def _cloth(kind: str, first: np.ndarray, second: np.ndarray, frequency: int, row
     phi = (np.arange(columns, dtype=np.float32)[None, :] + 0.5) / columns * TAU - np.pi
     a, b = v * frequency, phi / TAU * 2 * frequency
     masks = {
-        "plain": lambda: np.False_, "hoops": lambda: a % 1 < 0.45, "pinstripe": lambda: b % 1 < 0.38,
+        "plain": lambda: v < 0, "hoops": lambda: a % 1 < 0.45, "pinstripe": lambda: b % 1 < 0.38,
         "check": lambda: (a % 1 < 0.5) ^ (b % 1 < 0.5), "plaid": lambda: (a % 1 < 0.3) | (b % 1 < 0.3),
         "dots": lambda: np.hypot(a % 1 - 0.5, b % 1 - 0.5) < 0.32, "block": lambda: v > 0.55,
         "yoke": lambda: v < 0.27, "diagonal": lambda: (a + b) % 1 < 0.4}
@@ -217,7 +225,7 @@ class Figure:
 
 def dress(person: Person) -> Figure:
     """Paint the textures of a person, once for all pictures."""
-    skin, top, top2 = SKINS[person.skin], colour(person.top), colour(person.top2)
+    skin, top2 = SKINS[person.skin], colour(person.top2)
     tex = {"torso": _torso_texture(person), "head": _head_texture(person), "skin": _flat(skin)}
     sleeve_kind, sleeve_colour = person.sleeve
     for side in (-1, 1):
@@ -326,7 +334,7 @@ def _leg_textures(person: Person, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _passers_by() -> tuple[Figure, ...]:
     """A fixed crowd for second persons behind; nobody of it is in any data set."""
     rng = np.random.default_rng(2024)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -70,7 +71,7 @@ class Picture:
     mask: np.ndarray        # H x W bool: visible foreground
     parts: np.ndarray       # H/2 x W/2 uint8
     quality: int
-    truth: dict[str, object]
+    truth: dict[str, Any]
 
 
 def colour(name: str) -> np.ndarray:

@@ -16,16 +16,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from autoreid.data import drawn_body
 from autoreid.data import drawn_scene as scene
-from autoreid.data.drawn_body import (BODY, GLASS, LIGHTS, PARTS, PROFILES, ROOF, WHEELS, Body, Face, body_faces, box,
-                                      extent, paint_faces, project)
-from autoreid.data.drawn_scene import Camera, Nuisance, Picture, colour, contrasting, pick
+from autoreid.data.drawn_body import (
+    BODY,
+    GLASS,
+    LIGHTS,
+    PROFILES,
+    ROOF,
+    WHEELS,
+    Body,
+    Face,
+    body_faces,
+    box,
+    extent,
+    paint_faces,
+    project,
+)
+from autoreid.data.drawn_scene import (
+    Camera,
+    Nuisance,
+    Picture,
+    colour,
+    contrasting,
+    pick,
+)
 
 HEIGHT, WIDTH = 96, 96
 SUPER = 2
+PARTS = drawn_body.PARTS
 TYPES = {"sedan": 0.34, "hatchback": 0.20, "suv": 0.20, "van": 0.12, "pickup": 0.07, "truck": 0.07}
 COLOURS = {"white": 0.27, "black": 0.20, "grey": 0.12, "silver": 0.12, "red": 0.09, "blue": 0.09, "yellow": 0.05,
            "green": 0.06}
@@ -127,8 +150,8 @@ def draw_vehicle(rng: np.random.Generator) -> Vehicle:
     vehicle = Vehicle(kind, paint, width=rng.uniform(0.38, 0.43), stretch=rng.uniform(0.94, 1.08),
                       tint=rng.uniform(0.10, 0.26), rims=("disc", "silver"), roof=("none", "black"), roof_mark=None,
                       decal=None, stripe=None, panel=None, skirt=None, bonnet=None, tail=None, stickers=(),
-                      rear_sticker=None, grille=(0, "black"), headlights=0, plate="white", mirrors=paint, bumper="black",
-                      spoiler=None)
+                      rear_sticker=None, grille=(0, "black"), headlights=0, plate="white", mirrors=paint,
+                      bumper="black", spoiler=None)
     return replace(vehicle, **{name: draw(rng, vehicle) for name, draw in LOCAL.items()})
 
 
@@ -169,7 +192,7 @@ def draw_group(rng: np.random.Generator, count: int, n_diff: int) -> list[Vehicl
     return members
 
 
-def attributes(vehicle: Vehicle) -> dict[str, object]:
+def attributes(vehicle: Vehicle) -> dict[str, Any]:
     """The specification as plain JSON values."""
     return asdict(vehicle)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ SERVE = "from autoreid.data.drawn_workers import serve; serve()"
 
 def run_jobs(order: Order, jobs: list[Job], workers: int | None = None) -> Iterator[list[Record]]:
     """Yield the records of each job as they get ready, in any order. One worker draws in this process."""
-    from autoreid.data.drawn import cameras, draw_job       # drawn imports this module
+    from autoreid.data.drawn import cameras, draw_job  # drawn imports this module
 
     if workers is None:
         workers = min(8, _cores())
@@ -63,11 +64,13 @@ def _cores() -> int:
 
 def _listen(process: subprocess.Popen, task: tuple[Order, list[Job]], results: queue.Queue) -> None:
     """Hand a worker its task and put on the queue whatever it answers; a silent death becomes an error."""
+    assert process.stdin and process.stdout     # they are pipes
     try:
-        pickle.dump(task, process.stdin)
-        process.stdin.close()
-        for _ in task[1]:
-            results.put(pickle.load(process.stdout))
+        with process.stdin as questions:
+            pickle.dump(task, questions)
+        with process.stdout as answers:
+            for _ in task[1]:
+                results.put(pickle.load(answers))
     except (EOFError, OSError, pickle.UnpicklingError):
         results.put(RuntimeError(f"a drawing process died with status {process.wait()} (negative: killed by that "
                                  "signal, often for want of memory); try again with workers=1"))
@@ -77,6 +80,7 @@ def serve() -> None:
     """The worker's side."""
     from autoreid.data.drawn import cameras, draw_job
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the parent too, and the parent ends its workers
     order, jobs = pickle.load(sys.stdin.buffer)
     answers = sys.stdout.buffer
     try:
@@ -86,6 +90,6 @@ def serve() -> None:
             answers.flush()
     except BrokenPipeError:
         os._exit(1)     # nobody listens any more; a normal exit would only complain about the same pipe
-    except BaseException as error:
+    except Exception as error:  # noqa: BLE001 - the parent raises it again
         pickle.dump(error, answers)
         answers.flush()

@@ -1,0 +1,353 @@
+"""The command line as users meet it: help, the exact words of mistakes, interruption and resuming, the next step."""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import planted
+import pytest
+import torch
+
+from autoreid.cli import COMMANDS, build_parser, main
+from autoreid.space import SearchSpace
+
+SEARCH = [
+    "--set", "channels=4", "--set", "layers=1,1", "--set", "stem=half", "--set", "identities=4", "--set", "images=3",
+    "--set", "alpha_warmup=1", "--input", "32x16", "--set", "pad=2",
+]  # fmt: skip
+RECIPE = ["--input", "32x16", "--set", "identities=4", "--set", "images=3", "--set", "pad=2", "--set", "warmup_epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory):
+    return planted.write_market(tmp_path_factory.mktemp("market"), planted.texture, identities=10, test_identities=4)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, so that no test draws into the user's."""
+    monkeypatch.setenv("AUTOREID_CACHE", str(tmp_path / "cache"))
+
+
+def words(capsys, *argv: str) -> str:
+    """The one line on stderr of a command that ends with a user's mistake."""
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    lines = err.strip().splitlines()
+    assert out == "" and "Traceback" not in err
+    return lines[-1]
+
+
+# ---------------------------------------------------------------------------------------- help
+def test_help_is_fast_and_needs_no_torch():
+    seconds = []
+    for arguments in (["--help"], *([name, "--help"] for name in COMMANDS)):
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "autoreid", *arguments], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - begin)
+        assert ("example: autoreid" in done.stdout) or arguments == ["--help"]
+    assert statistics.median(seconds) < 0.5
+    code = "import sys\nfrom autoreid.cli import build_parser\nbuild_parser()\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_names_in_the_help_texts_are_the_tables(capsys):
+    """The help must not import torch, so it spells the names out; here they are held to the tables."""
+    from autoreid.data import DATASETS
+    from autoreid.metrics import METRICS, PROTOCOLS
+    from autoreid.search import ARCH_LOSSES, METHODS, PRESETS
+    from autoreid.space import known_spaces
+    from autoreid.train import RECIPES
+
+    text = ""
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    for name in (*METHODS, *PRESETS, *RECIPES, *known_spaces(), *PROTOCOLS, *METRICS, *ARCH_LOSSES):
+        assert name in text, name
+    spelled = {f"drawn-{kind}{size}" for kind in ("people", "vehicles") for size in ("", "-tiny", "-market")}
+    assert set(DATASETS) == {"market", "veri", *spelled}
+
+
+# ---------------------------------------------------------------------------------------- mistakes, word by word
+def test_unknown_names(capsys, tmp_path, cache):
+    assert words(capsys, "serch") == (
+        "autoreid: unknown command 'serch'; did you mean 'search'? known: compare, cost, data, demo, evaluate, retrain, "
+        "score, search, tune"
+    )
+    assert words(capsys, "search", "--dataset", "markt").startswith("autoreid: unknown dataset 'markt'; did you mean 'market'?")
+    assert words(capsys, "retrain", "resnet81", "--dataset", "market").startswith(
+        "autoreid: unknown model 'resnet81'; did you mean 'resnet18'?")
+    assert words(capsys, "search", "--dataset", "market", "--space", "ried").startswith(
+        "autoreid: unknown search space 'ried'; did you mean 'reid'?")
+    assert words(capsys, "search", "--dataset", "market", "--method", "gads") == (
+        "autoreid: unknown method 'gads'; did you mean 'gdas'? known: darts, darts-2, gdas")
+    assert words(capsys, "search", "--dataset", "market", "--presets", "x").startswith(
+        "autoreid: unrecognized arguments: --presets x; see autoreid")
+    assert words(capsys, "retrain", "resnet18", "--dataset", "market", "--set", "lrr=1").startswith(
+        "autoreid: unknown option of resnet18 'lrr'; known: dropout,")
+    assert words(capsys, "evaluate", "w.safetensors", "--dataset", "market", "--protocol", "makret").startswith(
+        "autoreid: unknown protocol 'makret'; did you mean 'market1501'?")
+
+
+def test_bad_values(capsys, tmp_path):
+    search = ("search", "--dataset", "market")
+    assert words(capsys, *search, "--epochs", "0") == "autoreid: epochs=0: allowed is 1 or more"
+    assert words(capsys, *search, "--input", "64") == (
+        "autoreid search: argument --input: '64' is no picture size: give HEIGHTxWIDTH, as in 256x128; see autoreid "
+        "search --help")
+    assert words(capsys, *search, "--set", "lr") == "autoreid: --set lr: give key=value, as in --set epochs=60"
+    assert words(capsys, *search, "--arch-loss", "ce").startswith("autoreid: arch_loss=ce with split=identity:")
+    assert words(capsys, *search, "--device", "tpu") == "autoreid: --device tpu: allowed are auto, cpu, cuda and cuda:N"
+    if not torch.cuda.is_available():
+        assert words(capsys, *search, "--device", "cuda") == (
+            "autoreid: --device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    assert words(capsys, "tune", "--dataset", "market").startswith(
+        "autoreid tune is not here yet: it comes with the issue 'One shared recipe, tuned by Optuna'")
+
+
+def test_a_space_with_one_operation(capsys, tmp_path, market):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"name": "one", "operations": ["none", "sep_conv_3x3"]}))
+    assert words(capsys, "search", "--dataset", "market", "--root", str(market), "--space", str(path)) == (
+        f"autoreid: {path}: search space one: only ['sep_conv_3x3'] besides none; nothing to search: list at least two "
+        "operations")
+
+
+def test_bad_genotypes(capsys, tmp_path, market):
+    good = SearchSpace.load("reid").random(0).to_dict()
+    path = tmp_path / "genotype.json"
+    retrain = ("retrain", str(path), "--dataset", "market", "--root", str(market))
+    assert words(capsys, *retrain) == f"autoreid: {path}: no such genotype file; `autoreid search` writes one"
+    for change, fault in (
+        ({"normal": [[["identity", 1], ["identity", 1]], *good["normal"][1:]]},
+         "genotype: normal node 2 reads input 1 twice; its two inputs must be distinct"),
+        ({"reduction": good["reduction"][:3]},
+         "genotype: normal has 4 nodes and reduction 3: both cells must have the same number"),
+        ({"normal": [[["conv_9x9", 0], ["identity", 1]], *good["normal"][1:]]},
+         "unknown operation in normal node 2 'conv_9x9';"),
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        assert words(capsys, *retrain).startswith(f"autoreid: {path}: {fault}")
+
+
+def test_bad_dataset_folders(capsys, tmp_path, market):
+    assert words(capsys, "search", "--dataset", "market").startswith("autoreid: ")
+    assert str(tmp_path / "nowhere") in words(capsys, "search", "--dataset", "market", "--root", str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "bounding_box_train" in words(capsys, "search", "--dataset", "market", "--root", str(tmp_path / "empty"))
+    half = tmp_path / "half"
+    shutil.copytree(market, half)
+    shutil.rmtree(half / "Market-1501-v15.09.15" / "query")
+    fault = words(capsys, "retrain", "resnet18", "--dataset", "market", "--root", str(half), "--out", str(tmp_path / "r"),
+                  "--epochs", "1", "--set", "width=4", *RECIPE)
+    assert "query" in fault
+    assert not (tmp_path / "r" / "market" / "resnet18-width4" / "checkpoint.pt").exists(), "found before the training"
+
+
+def test_a_truncated_picture_is_named(capsys, tmp_path, market):
+    copy = tmp_path / "copy"
+    shutil.copytree(market, copy)
+    picture = sorted((copy / "Market-1501-v15.09.15" / "bounding_box_train").iterdir())[0]
+    picture.write_bytes(picture.read_bytes()[:200])
+    fault = words(capsys, "search", "--dataset", "market", "--root", str(copy), "--out", str(tmp_path / "s"),
+                  "--epochs", "2", *SEARCH)
+    assert picture.name in fault and "autoreid data" in fault
+    assert main(["data", "market", "--root", str(copy)]) == 2
+    assert picture.name in capsys.readouterr().out
+
+
+def test_too_few_identities_for_a_batch(capsys, tmp_path, market):
+    fault = words(capsys, "search", "--dataset", "market", "--root", str(market), "--out", str(tmp_path / "s"),
+                  "--epochs", "2", *SEARCH, "--set", "identities=9")
+    assert "9" in fault and "identities" in fault
+
+
+def test_no_place_to_write(capsys, tmp_path, market):
+    (tmp_path / "file").write_text("")
+    fault = words(capsys, "search", "--dataset", "market", "--root", str(market), "--out", str(tmp_path / "file" / "x"),
+                  "--epochs", "2", *SEARCH)
+    assert fault.startswith("autoreid: the system refused to read or write (") and fault.endswith(
+        "): Not a directory; free some space, mend the permission or choose another folder with --out or --root; nothing "
+        "already written is lost")
+
+
+def test_a_disk_that_fills_up_keeps_what_was_written(capsys, tmp_path, market, monkeypatch):
+    import errno
+
+    import autoreid.runs
+
+    whole, written = autoreid.runs.write_bytes, []
+
+    def fills_up(path, content):
+        if path.name == "checkpoint.pt" and len(written) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.extend([path] if path.name == "checkpoint.pt" else [])
+        whole(path, content)
+
+    monkeypatch.setattr(autoreid.runs, "write_bytes", fills_up)
+    argv = ["search", "--dataset", "market", "--root", str(market), "--out", str(tmp_path), "--epochs", "3", *SEARCH]
+    assert "No space left on device; free some space" in words(capsys, *argv)
+    monkeypatch.undo()
+    assert main([*argv, "--resume"]) == 0
+    assert "resumed after epoch 1 of 3" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- killed, interrupted, resumed
+def start(*argv: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "autoreid", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(process: subprocess.Popen, ready) -> None:
+    end = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+def flat(value, name=""):
+    """Every tensor and number of a nested state, by path; wall-clock seconds left out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key != "seconds":
+                yield from flat(item, f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from flat(item, f"{name}/{i}")
+    else:
+        yield name, value
+
+
+def same_state(one, other) -> None:
+    a = dict(flat(torch.load(one, weights_only=True)))
+    b = dict(flat(torch.load(other, weights_only=True)))
+    assert a.keys() == b.keys()
+    for name in a:
+        equal = torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
+        assert equal, name
+
+
+def epochs_done(checkpoint) -> int:
+    return torch.load(checkpoint, weights_only=True)["epoch"] if checkpoint.exists() else 0
+
+
+JOBS = {
+    "search-darts": (["search", "--method", "darts", *SEARCH, "--epochs", "4"], "market-reid-darts-s0"),
+    "search-gdas": (["search", "--method", "gdas", *SEARCH, "--epochs", "4"], "market-reid-gdas-s0"),
+    "retrain": (["retrain", "resnet18", "--set", "width=8", "--set", "dropout=0.3", *RECIPE, "--epochs", "8"],
+                "market/resnet18-dropout0.3-width8-s0"),
+}
+
+
+@pytest.mark.parametrize("job", ["search-gdas", "retrain", pytest.param("search-darts", marks=pytest.mark.slow)])
+def test_killed_and_resumed_ends_bit_for_bit_as_if_never_killed(market, tmp_path, job):
+    argv, folder = JOBS[job]
+    argv = [*argv, "--dataset", "market", "--root", str(market)]
+    whole = start(*argv, "--out", str(tmp_path / "whole"))
+    assert whole.wait(300) == 0, whole.communicate()
+    checkpoint = tmp_path / "killed" / folder / "checkpoint.pt"
+    killed = start(*argv, "--out", str(tmp_path / "killed"))
+    wait_for(killed, lambda: epochs_done(checkpoint) >= 1)
+    time.sleep(0.15)  # into the next epoch
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert epochs_done(checkpoint) < epochs_done(tmp_path / "whole" / folder / "checkpoint.pt"), "killed too late to tell"
+    resumed = start(*argv, "--out", str(tmp_path / "killed"), "--resume")
+    _, err = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0 and "resumed after epoch" in err
+    same_state(checkpoint, tmp_path / "whole" / folder / "checkpoint.pt")
+    for name in ("curves.csv", "alphas.csv"):
+        one, other = tmp_path / "killed" / folder / name, tmp_path / "whole" / folder / name
+        if other.exists():
+            drop = 2 if name == "curves.csv" and "search" in job else 1 if name == "curves.csv" else 0
+            rows = [[line.split(",")[: -drop or None] for line in p.read_text().splitlines()] for p in (one, other)]
+            assert rows[0] == rows[1]  # all but the seconds (and the memory)
+    if job == "retrain":
+        files = [tmp_path / d / f"{folder}.json" for d in ("killed", "whole")]
+        one, other = (json.loads(f.read_text()) for f in files)
+        assert one["mAP"] == other["mAP"] and one["cmc"] == other["cmc"]
+        assert files[0].with_suffix(".safetensors").read_bytes() == files[1].with_suffix(".safetensors").read_bytes()
+
+
+def test_interrupted_by_the_keyboard(market, tmp_path):
+    argv = ["search", *SEARCH, "--epochs", "50", "--dataset", "market", "--root", str(market), "--out", str(tmp_path)]
+    process = start(*argv)
+    folder = tmp_path / "market-reid-darts-s0"
+    wait_for(process, lambda: (folder / "checkpoint.pt").exists())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == (
+        "interrupted; nothing written is lost, go on with: autoreid " + " ".join([*argv, "--resume"]))
+    assert (folder / "genotype.json").exists() and "Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------- the whole job, by hand
+def test_search_retrain_evaluate_compare(market, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--dataset", "market", "--root", str(market)]
+    assert main(["search", *data, "--method", "gdas", "--epochs", "2", *SEARCH, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err.strip().splitlines()[-1] == f"next: autoreid retrain {found['genotype']} --dataset market --root {market}"
+    folder = tmp_path / "searches" / "market-reid-gdas-s0"
+    for name in ("genotype.png", "alphas.png", "curves.png", "environment.json", "config.json", "summary.json"):
+        assert (folder / name).stat().st_size > 0
+    provenance = json.loads((folder / "genotype.json").read_text())["provenance"]
+    assert {"command", "dataset", "method", "seed", "commit", "macro"} <= set(provenance)
+
+    for model in (found["genotype"], "random-reid", "resnet18"):
+        for seed in ("0", "1"):
+            match = [] if model == found["genotype"] else ["--match", found["genotype"]]
+            assert main(["retrain", model, *data, "--epochs", "1", *RECIPE[:-2], "--seed", seed, *match]) == 0
+    capsys.readouterr()
+    assert main(["compare", "results/market", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 3 and all(row["seeds"] == 2 for row in rows)
+    for name in ("comparison.csv", "pareto.png", "report.html"):
+        assert (tmp_path / "results" / "market" / name).stat().st_size > 0
+
+    weights = "results/market/market-reid-gdas-s0-s1.safetensors"
+    assert main(["evaluate", weights, *data, "--out", "again.json"]) == 0
+    one, other = (json.loads((tmp_path / p).read_text()) for p in ("again.json", weights.replace("safetensors", "json")))
+    assert one["mAP"] == other["mAP"] and one["params"] == other["params"]
+    capsys.readouterr()
+    assert "is there already: add --overwrite to replace it" in words(capsys, "evaluate", weights, *data, "--out", "again.json")
+
+    assert main(["retrain", "resnet18", *data, "--epochs", "2", *RECIPE, "--set", "width=4"]) == 0
+    capsys.readouterr()
+    assert words(capsys, "compare", "results/market").startswith("autoreid: results are not comparable: recipe is")
+    assert main(["compare", "results/market", "--allow-mixed"]) == 0
+    assert "*" in capsys.readouterr().out
+
+
+def test_data_reports_counts(market, capsys):
+    main(["data", "market", "--root", str(market), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["splits"]["train"]["images"] == 80 and report["splits"]["train"]["identities"] == 10
+
+
+def test_cost_counts_named_models(capsys):
+    assert main(["cost", "darts-v2", "resnet50", "--input", "384x128", "--no-latency", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["params"] for row in rows] == [9_016_367 - 2048 * 751 - 751 + 2048, 25_046_831 - 2048 * 751 - 751 + 2048]
+    assert set(rows[0]) == {"model", "input", "params", "macs", "macs_all", "activation_bytes", "latency_ms"}
+
+
+def test_score_of_features_made_by_anything(tmp_path, capsys):
+    gallery = {"features": np.eye(3, dtype=np.float32), "identities": np.array([1, 2, 3]), "cameras": np.array([2, 2, 2])}
+    query = {**gallery, "cameras": np.array([1, 1, 1])}
+    np.savez(tmp_path / "q.npz", **query)
+    np.savez(tmp_path / "g.npz", **gallery)
+    assert main(["score", str(tmp_path / "q.npz"), str(tmp_path / "g.npz"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "mAP": 1.0, "mAP_trapezoid": 1.0, "mINP": 1.0, "cmc": {"1": 1.0, "5": 1.0, "10": 1.0}, "total": 3, "scored": 3}
+    assert "none.npz" in words(capsys, "score", str(tmp_path / "none.npz"), str(tmp_path / "g.npz"))

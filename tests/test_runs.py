@@ -1,0 +1,102 @@
+"""Files whole or not at all, and a run's folder that is never written over."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from autoreid.errors import UserError, unknown
+from autoreid.runs import Run, environment, key_of, read_json, rows_up_to, whole_file, write_json, write_text
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "figures.json"
+    write_json(path, {"mAP": 0.5})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"mAP": float("nan")})
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("killed")
+    assert json.loads(path.read_text()) == {"mAP": 0.5}
+    assert [p.name for p in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    import os
+
+    write_text(tmp_path / "curves.csv", "epoch\n")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "curves.csv", "epoch\n0\n")
+    assert (tmp_path / "curves.csv").read_text() == "epoch\n"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_read_json_names_the_fault(tmp_path):
+    with pytest.raises(UserError, match="no recipe at .*: give the path of an existing file"):
+        read_json(tmp_path / "r.json", "recipe")
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(UserError, match="is not a recipe: it is not valid JSON"):
+        read_json(tmp_path / "r.json", "recipe")
+
+
+def test_a_run_is_not_written_over_and_resumes_only_the_same_question(tmp_path):
+    run = Run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)}, resume=False, overwrite=False)
+    assert run.load() is None
+    run.save({"epoch": 3, "weights": torch.ones(2)})
+    with pytest.raises(UserError) as fault:
+        Run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)}, resume=False, overwrite=False)
+    assert str(fault.value) == (
+        f"{tmp_path / 'run'} already holds an unfinished run: add --resume to go on with it, --overwrite to start it "
+        "anew, or --out DIR to write elsewhere"
+    )
+    with pytest.raises(UserError) as fault:
+        Run(tmp_path / "run", {"lr": 0.2, "layers": (1, 2)}, resume=True, overwrite=False)
+    assert str(fault.value) == (
+        f"--resume: {tmp_path / 'run'} was started with lr=0.1, now lr=0.2: give the same options, or --overwrite to "
+        "start anew"
+    )
+    again = Run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)}, resume=True, overwrite=False)
+    assert again.load()["epoch"] == 3
+    anew = Run(tmp_path / "run", {"lr": 0.2, "layers": (1, 2)}, resume=False, overwrite=True)
+    assert anew.load() is None and json.loads((anew.folder / "config.json").read_text())["lr"] == 0.2
+
+
+def test_a_damaged_checkpoint_says_so(tmp_path):
+    run = Run(tmp_path / "run", {}, resume=False, overwrite=False)
+    run.checkpoint.write_bytes(b"PK not really")
+    with pytest.raises(UserError, match="cannot be read .*: it is damaged; start the run anew with --overwrite"):
+        run.load()
+
+
+def test_the_environment_names_versions_commit_and_command():
+    found = environment()
+    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
+    assert {"python", "numpy", "processor", "cores", "commit", "command"} <= set(found)
+
+
+def test_keys_do_not_depend_on_order():
+    assert key_of({"a": 1, "b": [2]}) == key_of({"b": [2], "a": 1}) != key_of({"a": 1, "b": [3]})
+
+
+def test_rows_made_after_the_checkpoint_are_dropped(tmp_path):
+    assert rows_up_to(tmp_path / "none.csv", 3) == []
+    (tmp_path / "c.csv").write_text("epoch,x\n0,a\n1,b\n2,c\n")
+    assert rows_up_to(tmp_path / "c.csv", 2) == ["epoch,x", "0,a", "1,b"]
+
+
+def test_unknown_gives_the_nearest_name():
+    assert str(unknown("op", "sep_con", ["sep_conv", "id"])) == "unknown op 'sep_con'; did you mean 'sep_conv'? known: id, sep_conv"
+    assert str(unknown("op", "zzz", ["id"])) == "unknown op 'zzz'; known: id"
+
+
+def test_importing_the_package_needs_no_torch():
+    code = "import sys, autoreid.cli, autoreid.data; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
