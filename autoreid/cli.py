@@ -19,7 +19,6 @@ from autoreid.errors import UserError, unknown
 from autoreid.runs import say
 from autoreid.version import __version__
 
-
 COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "tune", "compare")
 
 
@@ -121,7 +120,7 @@ def build_parser() -> Parser:
 
     p = command("retrain", "train a derived network or a named one by a recipe, and evaluate it once",
                 "autoreid retrain searches/market-reid-gdas-s0/genotype.json --dataset market --root ~/data", retrain)
-    p.add_argument("model", metavar="GENOTYPE.json|MODEL", help="a searched genotype, or a name: `autoreid cost` lists them")
+    p.add_argument("model", metavar="GENOTYPE.json|MODEL", help="a searched genotype, or a name that `autoreid cost` lists")
     _dataset(p)
     p.add_argument("--recipe", metavar="NAME|FILE", help="default, autoreid-iccv19, drawn, demo or a JSON file; default: "
                    "drawn for drawn data, default for all other")
@@ -156,7 +155,7 @@ def build_parser() -> Parser:
     p.add_argument("models", nargs="*", metavar="MODEL|GENOTYPE.json", help="default: every named model")
     p.add_argument("--input", type=size, default=[256, 128], metavar="HxW", help="picture size")
     p.add_argument("--match", metavar="GENOTYPE.json", help="build the models in the size of this searched one")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="an option of the models")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="a model's option")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--no-latency", action="store_true", help="count only: nothing is run")
     _json(p)
@@ -268,7 +267,7 @@ def evaluate(args: argparse.Namespace) -> None:
     device = _device(args.device)
     net, metadata = load_weights(args.weights)
     spec = ModelSpec.from_dict(metadata["model"])
-    result = measure(net.to(device), spec, spec.label, args.dataset, args.root, metadata["input"], device=device,
+    result = measure(net.to(device), spec, spec.label, args.dataset, args.root, tuple(metadata["input"]), device=device,
                      flip=args.flip, protocol=args.protocol)
     result.update({"recipe": metadata["recipe"], "seed": metadata["seed"], "init": "scratch",
                    "trained_on": metadata["dataset"], "environment": environment()})
@@ -303,7 +302,8 @@ def cost(args: argparse.Namespace) -> None:
         })
     lines = [f"{'model':28} {'params':>12} {'MACs':>15} {'MACs, all':>15} {'activations':>12} {'latency':>10}"]
     lines += [
-        f"{r['model']:28} {r['params']:>12,} {r['macs']:>15,} {r['macs_all']:>15,} {r['activation_bytes'] / 2**20:>8.1f} MiB "
+        f"{r['model']:28} {r['params']:>12,} {r['macs']:>15,} {r['macs_all']:>15,} "
+        f"{r['activation_bytes'] / 2**20:>8.1f} MiB "
         + (f"{r['latency_ms']:>7.1f} ms" if r["latency_ms"] is not None else f"{'-':>10}")
         for r in rows
     ]

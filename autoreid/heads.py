@@ -5,6 +5,8 @@ The identity classifier belongs to training (train.py, search.py): a :class:`ReI
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +54,12 @@ def batch_neck(dims: int) -> nn.Module:
 
 
 POOLINGS = {"average": AveragePool, "max": MaxPool, "gem": GeM}
-NECKS = {"none": lambda dims: nn.Identity(), "batch": batch_neck, "layer": nn.LayerNorm, "l2": lambda dims: L2Neck()}
+NECKS: dict[str, Callable[[int], nn.Module]] = {
+    "none": lambda dims: nn.Identity(),
+    "batch": batch_neck,
+    "layer": nn.LayerNorm,
+    "l2": lambda dims: L2Neck(),
+}
 
 
 class ReIDNet(nn.Module):
@@ -80,7 +87,7 @@ class ReIDNet(nn.Module):
             raise unknown("neck", neck, NECKS)
         if not 0 <= dropout < 1:
             raise UserError(f"dropout is {dropout}; allowed: from 0 to below 1")
-        channels = int(backbone.channels)
+        channels: int = backbone.channels  # type: ignore[assignment]
         self.dims = embedding_dim or channels
         self.backbone = backbone
         self.pooling = POOLINGS[pooling]()

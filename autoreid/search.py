@@ -28,7 +28,7 @@ from autoreid.losses import batch_hard_triplet
 from autoreid.options import changed, require
 from autoreid.runs import Run, peak_memory_bytes, progress, rows_up_to, say, write_json, write_text
 from autoreid.space import SearchSpace
-from autoreid.supernet import KINDS, Supernet
+from autoreid.supernet import KINDS, EdgeWeights, Supernet
 
 ARCH_LOSSES = ("triplet", "retrieval", "ce")
 SPLITS = ("identity", "image")
@@ -55,7 +55,7 @@ class SearchSettings:
     channels: int = 32
     layers: tuple[int, ...] = (2, 2, 2, 2)
     stem: str = "pool"
-    input: tuple[int, ...] = (384, 128)
+    input: tuple[int, int] = (384, 128)
     identities: int = 4
     images: int = 4
     epochs: int = 200
@@ -164,7 +164,9 @@ class Searcher:
         self.settings, self.device = settings, torch.device(device)
         self.net = Supernet(space, settings.channels, settings.layers, settings.stem).to(device)
         width = settings.embedding_dim or self.net.dims
-        embedding = [] if settings.embedding_dim is None else [nn.Linear(self.net.dims, width), nn.Dropout(settings.dropout)]
+        embedding: list[nn.Module] = []
+        if settings.embedding_dim is not None:
+            embedding = [nn.Linear(self.net.dims, width), nn.Dropout(settings.dropout)]
         self.classifier = nn.Sequential(  # f -> (g) -> h with dropout between, section 3.2
             nn.Dropout(settings.dropout), *embedding, nn.Linear(width, identities)
         ).to(device)
@@ -189,7 +191,7 @@ class Searcher:
         self.alpha_optimizer.param_groups[0]["lr"] = step
         self.tau = s.tau_max - (s.tau_max - s.tau_min) * fraction
 
-    def edge_weights(self, detach: bool = False) -> dict[str, Sequence]:
+    def edge_weights(self, detach: bool = False) -> EdgeWeights:
         """The weights of every edge for one forward pass, a new draw each time with GDAS."""
         if METHODS[self.settings.method].sampled:
             return self.net.sample(self.tau, self.generator, self.settings.gdas_gradient, detach)
@@ -216,7 +218,7 @@ class Searcher:
 
 
 # ---------------------------------------------------------------------------------------- losses and steps
-def retrieval_loss(searcher: Searcher, batch: tuple[Tensor, Tensor], edges: dict[str, Sequence]) -> tuple[Tensor, ...]:
+def retrieval_loss(searcher: Searcher, batch: tuple[Tensor, Tensor], edges: EdgeWeights) -> tuple[Tensor, ...]:
     """Eq. 5 and its two terms on one batch: (lambda * L_s + (1 - lambda) * L_t, L_s, L_t)."""
     images, labels = (part.to(searcher.device, non_blocking=True) for part in batch)
     features = searcher.net(images, edges)  # f, B x dims
@@ -373,7 +375,7 @@ class SearchResult:
     """What a search found and what it cost."""
 
     genotype: Genotype
-    val_mAP: float | None
+    val_mAP: float
     device_hours: float
     peak_memory_bytes: int
 
@@ -417,7 +419,7 @@ def search(
         searcher.schedule(epoch)
         losses = run_epoch(searcher, data, epoch)
         seconds += time.monotonic() - begin
-        val_map, rank1 = None, None
+        val_map = rank1 = None
         if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
             val_map, rank1 = validate(searcher, data)
         softmax = {kind: w.detach().cpu() for kind, w in searcher.net.softmax_weights().items()}
@@ -439,12 +441,12 @@ def search(
         left = seconds / (epoch + 1) * (settings.epochs - epoch - 1)
         shown = "" if val_map is None else f", val mAP {100 * val_map:.1f} %"
         say(f"epoch {epoch + 1}/{settings.epochs}: ce {losses[0]:.3f}, triplet {losses[1]:.3f}{shown}, {left:.0f} s left")
-    if val_map is None:  # resumed after the last epoch: only the closing files were missing
-        val_map, _ = validate(searcher, data)
+    # a run resumed after its last epoch lacks only the closing files
+    final_map = validate(searcher, data)[0] if val_map is None else val_map
     genotype = searcher.net.derive(**(provenance or {}), macro=macro(settings), epoch=settings.epochs)
-    result = SearchResult(genotype, val_map, seconds / 3600, memory_bytes(searcher.device))
+    result = SearchResult(genotype, final_map, seconds / 3600, memory_bytes(searcher.device))
     write_json(run.summary, {
-        "genotype": genotype.key(), "val_mAP": val_map, "device_hours": result.device_hours, "device": device,
+        "genotype": genotype.key(), "val_mAP": final_map, "device_hours": result.device_hours, "device": device,
         "peak_memory_bytes": result.peak_memory_bytes, "steps": settings.epochs * len(data.train),
         "split": {"train": data.train_images, "val": data.val_images}, "settings": asdict(settings),
     })
@@ -498,7 +500,7 @@ def validate(searcher: Searcher, data: SearchData) -> tuple[float, float]:
 class _WithEdges(nn.Module):
     """The supernet with its edges' weights fixed, as a net from images to features."""
 
-    def __init__(self, net: Supernet, edges: dict[str, Sequence]) -> None:
+    def __init__(self, net: Supernet, edges: EdgeWeights) -> None:
         super().__init__()
         self.net, self.edges = net, edges
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from autoreid.errors import UserError, unknown
@@ -107,13 +107,13 @@ class SearchSpace:
 
     def random(self, seed: int) -> Genotype:
         """A genotype drawn uniformly: the control that every search must beat."""
-        rng = random.Random(seed)
+        rng = Random(seed)
         cells = [tuple(self._random_node(rng, node) for node in range(2, 2 + self.nodes)) for _ in range(2)]
         return self.genotype(*cells, method="random", seed=seed)
 
     def mutate(self, parent: Genotype, seed: int) -> Genotype:
         """A neighbour: one operation or one input of one node changed (Real et al. 2019, section 3.1)."""
-        rng = random.Random(seed)
+        rng = Random(seed)
         cells = [list(parent.normal), list(parent.reduction)]
         which, index, slot = rng.randrange(2), rng.randrange(self.nodes), rng.randrange(2)
         pairs = list(cells[which][index])
@@ -127,7 +127,7 @@ class SearchSpace:
         cells[which][index] = (pairs[0], pairs[1])
         return self.genotype(tuple(cells[0]), tuple(cells[1]), method="mutation", seed=seed, parent=parent.key())
 
-    def _random_node(self, rng: random.Random, node: int) -> Node:
+    def _random_node(self, rng: Random, node: int) -> Node:
         first, second = rng.choice(input_pairs(node))
         return (rng.choice(self.choices), first), (rng.choice(self.choices), second)
 

@@ -12,7 +12,7 @@ Two relaxations of the discrete choice, one Cell for both:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from autoreid.ops import OPS, Stripes
 from autoreid.space import SearchSpace
 
 KINDS = ("normal", "reduction")
+# by kind of cell: a row per edge (a matrix, DARTS) or a choice per edge (GDAS)
+EdgeWeights = Mapping[str, "Tensor | Sequence[Sampled]"]
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,14 @@ class Supernet(nn.Module):
         """All parameters but the alphas."""
         return [p for name, p in self.named_parameters() if not name.startswith("alphas.")]
 
-    def forward(self, images: Tensor, weights: dict[str, Sequence]) -> Tensor:
+    def forward(self, images: Tensor, weights: EdgeWeights) -> Tensor:
         s0 = s1 = self.stem(images)
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, weights[cell.kind])
+            s0, s1 = s1, cell(s0, s1, weights[str(cell.kind)])
         return s1.mean(dim=(2, 3))
 
     # ------------------------------------------------------------------------------------ weights of the edges
-    def softmax_weights(self, detach: bool = False) -> dict[str, Sequence]:
+    def softmax_weights(self, detach: bool = False) -> dict[str, Tensor]:
         """DARTS: the softmax of every edge over all operations, ``none`` included.
 
         ``detach`` in the weight step: the alphas need no gradient there, and the reductions for it are saved.
@@ -134,7 +136,7 @@ class Supernet(nn.Module):
 
     def sample(
         self, tau: float, generator: torch.Generator, gradient: str = "sampled", detach: bool = False
-    ) -> dict[str, Sequence]:
+    ) -> dict[str, Sequence[Sampled]]:
         """GDAS: draw one operation per edge and kind of cell, at temperature ``tau``.
 
         ``gradient`` "sampled": the output is hard[k] * o_k(x), and alpha learns through the softmax of the drawn
@@ -152,7 +154,7 @@ class Supernet(nn.Module):
             gumbel = -exponential.clamp_min(1e-30).log().to(alpha.device)
             probabilities[kind] = torch.softmax((torch.log_softmax(alpha, dim=1) + gumbel) / tau, dim=1)
         drawn = torch.cat([p.argmax(dim=1) for p in probabilities.values()]).tolist()  # the one transfer
-        weights: dict[str, Sequence] = {}
+        weights: dict[str, Sequence[Sampled]] = {}
         for kind, p in probabilities.items():
             indices, drawn = drawn[: len(p)], drawn[len(p) :]
             weights[kind] = [self._straight_through(row, index, gradient) for row, index in zip(p, indices, strict=True)]
@@ -165,10 +167,10 @@ class Supernet(nn.Module):
         rest = soft.sum() - soft[index] if gradient == "all" else None
         return Sampled(index, 1.0 + soft[index], rest)
 
-    def derived_weights(self) -> dict[str, Sequence]:
+    def derived_weights(self) -> dict[str, Sequence[Sampled]]:
         """The path that :meth:`derive` would keep, with the supernet's weights: every other edge is left out."""
         genotype, one = self.derive(), torch.ones(())
-        weights: dict[str, Sequence] = {}
+        weights: dict[str, Sequence[Sampled]] = {}
         for kind, graph in zip(KINDS, (genotype.normal, genotype.reduction), strict=True):
             kept = {(node, source): op for node, pairs in enumerate(graph, start=2) for op, source in pairs}
             index = {edge: self.space.operations.index(op) for edge, op in kept.items()}
@@ -199,7 +201,7 @@ def derive_cell(space: SearchSpace, weights: Sequence[Sequence[float]]) -> CellG
         strongest = []
         for row, (owner, source) in zip(weights, space.edges, strict=True):
             if owner == node:
-                best = max(candidates, key=lambda i: (row[i], -i))  # noqa: B023 - used at once
+                best = max(candidates, key=lambda i: (row[i], -i))
                 strongest.append((row[best], -source, space.operations[best]))
         first, second = sorted(strongest, reverse=True)[:2]
         nodes.append(((first[2], -first[1]), (second[2], -second[1])))

@@ -26,7 +26,16 @@ from autoreid.losses import batch_hard_triplet, smoothed_cross_entropy
 from autoreid.network import ModelSpec, save_weights
 from autoreid.options import changed, require
 from autoreid.runs import (
-    Run, environment, key_of, peak_memory_bytes, progress, read_json, rows_up_to, say, write_json, write_text,
+    Run,
+    environment,
+    key_of,
+    peak_memory_bytes,
+    progress,
+    read_json,
+    rows_up_to,
+    say,
+    write_json,
+    write_text,
 )
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -42,7 +51,7 @@ class Recipe:
     ``pad`` (pixels) and ``flip``, ``erase`` (probabilities) are the augmentation; ``clip`` 0 means no clipping.
     """
 
-    input: tuple[int, ...] = (256, 128)
+    input: tuple[int, int] = (256, 128)
     optimizer: str = "adam"
     lr: float = 3.5e-4
     lr_min: float = 7e-7
@@ -253,11 +262,11 @@ def retrain(
             return target, read_json(target, "result")
         raise UserError(f"{target} is there already: add --overwrite to make it anew, or --out DIR or --name NAME")
     samples = data.load(dataset, root, parts=("train",)).train
+    genotype = spec.genotype.key() if spec.genotype else None  # where it came from is not the question
     config = {
-        "model": spec.to_dict(), "dataset": dataset, "recipe": asdict(recipe), "seed": seed, "device": device,
-        "train_images": len(samples),
+        "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
+        "device": device, "train_images": len(samples),
     }
-    config["model"]["genotype"] = spec.genotype.key() if spec.genotype else None  # provenance is not the question
     run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite)
     torch.manual_seed(seed)
     net = spec.build(recipe.drop_path)
@@ -267,7 +276,7 @@ def retrain(
         target.with_suffix(".safetensors"), net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
         resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed,
     )
-    result = measure(net, spec, name, dataset, root, list(recipe.input), device=device, flip=flip)
+    result = measure(net, spec, name, dataset, root, recipe.input, device=device, flip=flip)
     result.update({
         "recipe": recipe.key(), "seed": seed, "init": "scratch", "train": asdict(training),
         "environment": environment(),
@@ -283,7 +292,7 @@ def measure(
     name: str,
     dataset: str,
     root: str | None,
-    size: list[int],
+    size: tuple[int, int],
     *,
     device: str = "cpu",
     flip: bool = False,

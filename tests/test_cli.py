@@ -82,7 +82,8 @@ def test_unknown_names(capsys, tmp_path, cache):
         "autoreid: unknown command 'serch'; did you mean 'search'? known: compare, cost, data, demo, evaluate, retrain, "
         "score, search, tune"
     )
-    assert words(capsys, "search", "--dataset", "markt").startswith("autoreid: unknown dataset 'markt'; did you mean 'market'?")
+    assert words(capsys, "search", "--dataset", "markt").startswith(
+        "autoreid: unknown dataset 'markt'; did you mean 'market'?")
     assert words(capsys, "retrain", "resnet81", "--dataset", "market").startswith(
         "autoreid: unknown model 'resnet81'; did you mean 'resnet18'?")
     assert words(capsys, "search", "--dataset", "market", "--space", "ried").startswith(
@@ -320,7 +321,8 @@ def test_search_retrain_evaluate_compare(market, tmp_path, capsys, monkeypatch):
     one, other = (json.loads((tmp_path / p).read_text()) for p in ("again.json", weights.replace("safetensors", "json")))
     assert one["mAP"] == other["mAP"] and one["params"] == other["params"]
     capsys.readouterr()
-    assert "is there already: add --overwrite to replace it" in words(capsys, "evaluate", weights, *data, "--out", "again.json")
+    fault = words(capsys, "evaluate", weights, *data, "--out", "again.json")
+    assert fault == "autoreid: again.json is there already: add --overwrite to replace it, or give another --out"
 
     assert main(["retrain", "resnet18", *data, "--epochs", "2", *RECIPE, "--set", "width=4"]) == 0
     capsys.readouterr()

@@ -39,7 +39,7 @@ def test_published_counts(name, monkeypatch):
     with torch.device("meta"):
         net, classifier = find_model(name, {"neck": "none"}).build().eval(), nn.Linear(2048, 751)
         assert counted(net, classifier) == (params, macs)
-        monkeypatch.setitem(OPS, "part_aware", lambda c, s, searching, stripes: LiteralPartAware(PartAware(c, s, True, stripes)))
+        monkeypatch.setitem(OPS, "part_aware", lambda c, s, _, stripes: LiteralPartAware(PartAware(c, s, True, stripes)))
         net = find_model(name, {"neck": "none"}).build().eval()
         assert counted(net, classifier) == (params, literal)
 

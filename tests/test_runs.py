@@ -93,7 +93,8 @@ def test_rows_made_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_unknown_gives_the_nearest_name():
-    assert str(unknown("op", "sep_con", ["sep_conv", "id"])) == "unknown op 'sep_con'; did you mean 'sep_conv'? known: id, sep_conv"
+    near = unknown("op", "sep_con", ["sep_conv", "id"])
+    assert str(near) == "unknown op 'sep_con'; did you mean 'sep_conv'? known: id, sep_conv"
     assert str(unknown("op", "zzz", ["id"])) == "unknown op 'zzz'; known: id"
 
 

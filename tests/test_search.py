@@ -16,8 +16,19 @@ from autoreid.errors import UserError
 from autoreid.genotype import Genotype
 from autoreid.runs import Run
 from autoreid.search import (
-    PRESETS, Searcher, SearchSettings, arch_step, entropy, find_settings, first_order, retrieval_loss, run_epoch,
-    search, search_data, second_order, weight_step,
+    PRESETS,
+    Searcher,
+    SearchSettings,
+    arch_step,
+    entropy,
+    find_settings,
+    first_order,
+    retrieval_loss,
+    run_epoch,
+    search,
+    search_data,
+    second_order,
+    weight_step,
 )
 from autoreid.space import SearchSpace
 

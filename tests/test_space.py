@@ -32,7 +32,7 @@ def test_size_equals_the_list_of_all_genotypes():
 def test_random_genotypes_cover_the_space_evenly():
     drawn = [SearchSpace.load("reid").random(seed) for seed in range(300)]
     assert len({g.key() for g in drawn}) > 290
-    counts = {op: 0 for op in SearchSpace.load("reid").choices}
+    counts = dict.fromkeys(SearchSpace.load("reid").choices, 0)
     for g in drawn:
         for node in (*g.normal, *g.reduction):
             for op, _ in node:

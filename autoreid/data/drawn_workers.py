@@ -90,6 +90,6 @@ def serve() -> None:
             answers.flush()
     except BrokenPipeError:
         os._exit(1)     # nobody listens any more; a normal exit would only complain about the same pipe
-    except Exception as error:  # noqa: BLE001 - the parent raises it again
+    except Exception as error:
         pickle.dump(error, answers)
         answers.flush()
