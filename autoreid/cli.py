@@ -188,10 +188,7 @@ def check_data(args: argparse.Namespace) -> int:
     from autoreid import data
 
     report = data.check(args.dataset, args.root)
-    if args.json:
-        print(json.dumps(report))
-    else:
-        print(json.dumps(report, indent=1))
+    _figures(args, report, data.describe(report))
     if report["problems"]:
         return 2
     _next(f"autoreid search --dataset {args.dataset}{_root(args)}")
@@ -254,6 +251,7 @@ def retrain(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from autoreid import data
     from autoreid.metrics import PROTOCOLS
     from autoreid.network import ModelSpec, load_weights
     from autoreid.runs import environment, write_json
@@ -267,8 +265,9 @@ def evaluate(args: argparse.Namespace) -> None:
     device = _device(args.device)
     net, metadata = load_weights(args.weights)
     spec = ModelSpec.from_dict(metadata["model"])
-    result = measure(net.to(device), spec, spec.label, args.dataset, args.root, tuple(metadata["input"]), device=device,
-                     flip=args.flip, protocol=args.protocol)
+    splits, size = data.load(args.dataset, args.root), tuple(metadata["input"])
+    result = measure(net.to(device), spec, spec.label, splits, size, device=device, flip=args.flip,
+                     protocol=args.protocol)
     result.update({"recipe": metadata["recipe"], "seed": metadata["seed"], "init": "scratch",
                    "trained_on": metadata["dataset"], "environment": environment()})
     if args.out:

@@ -141,6 +141,11 @@ def search_data(samples: Sequence[Sample], settings: SearchSettings, seed: int, 
         return TrainLoader(half, half_labels, settings.input, sampler, augment, seed * 2 + salt, workers)
 
     query, gallery = held_out_split(val)
+    if not query:
+        raise UserError(
+            "no identity of the validation half is seen by two cameras, so retrieval cannot be validated: check the "
+            "camera numbers with `autoreid data`, or add identities"
+        )
     return SearchData(
         loader(train, labels, 0), loader(val, val_labels, 1), identities, len(train), len(val), query, gallery
     )
@@ -295,11 +300,14 @@ def second_order(searcher: Searcher, train, val, epsilon: float = 0.01) -> tuple
     eta, mu, decay = group["lr"], group["momentum"], group["weight_decay"]
     saved = [w.detach().clone() for w in weights]
     buffers = [b.detach().clone() for b in net.buffers()]
-    rng = torch.get_rng_state()
+    devices = [searcher.device] if searcher.device.type == "cuda" else []
+    rng = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
 
     def training_loss() -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(rng)
+        with torch.random.fork_rng(devices=devices):
+            torch.set_rng_state(rng[0])
+            for device, state in zip(devices, rng[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
             return retrieval_loss(searcher, train, searcher.edge_weights())[0]
 
     def put_back(offset: float, direction: Sequence[Tensor]) -> None:

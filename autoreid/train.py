@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoreid import cost, data
-from autoreid.data import Sample
+from autoreid.data import Sample, Splits
 from autoreid.errors import UserError, unknown
 from autoreid.evaluate import evaluate
 from autoreid.heads import ReIDNet
@@ -261,7 +261,8 @@ def retrain(
             say(f"{target} is there already: nothing to resume")
             return target, read_json(target, "result")
         raise UserError(f"{target} is there already: add --overwrite to make it anew, or --out DIR or --name NAME")
-    samples = data.load(dataset, root, parts=("train",)).train
+    splits = data.load(dataset, root)  # names only: a missing query folder is better found before the training
+    samples = splits.train
     genotype = spec.genotype.key() if spec.genotype else None  # where it came from is not the question
     config = {
         "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
@@ -276,7 +277,7 @@ def retrain(
         target.with_suffix(".safetensors"), net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
         resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed,
     )
-    result = measure(net, spec, name, dataset, root, recipe.input, device=device, flip=flip)
+    result = measure(net, spec, name, splits, recipe.input, device=device, flip=flip)
     result.update({
         "recipe": recipe.key(), "seed": seed, "init": "scratch", "train": asdict(training),
         "environment": environment(),
@@ -290,8 +291,7 @@ def measure(
     net: ReIDNet,
     spec: ModelSpec,
     name: str,
-    dataset: str,
-    root: str | None,
+    splits: Splits,
     size: tuple[int, int],
     *,
     device: str = "cpu",
@@ -299,12 +299,11 @@ def measure(
     protocol: str | None = None,
 ) -> dict[str, Any]:
     """A result's figures: cost and latency of the net, and its retrieval metrics on the dataset's query and gallery."""
-    splits = data.load(dataset, root)
     protocol = protocol or splits.protocol
     metrics = evaluate(net, splits.query, splits.gallery, size, protocol, device=device, flip=flip)
     counted = cost.measure(spec.build, size)
     return {
-        "model": name, "genotype": spec.genotype.key() if spec.genotype else None, "dataset": dataset,
+        "model": name, "genotype": spec.genotype.key() if spec.genotype else None, "dataset": splits.name,
         "protocol": protocol,
         "split": f"{len(splits.train)} train, {len(splits.query)} query, {len(splits.gallery)} gallery images",
         "input": list(size), "params": counted.params, "macs": counted.macs,

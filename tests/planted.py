@@ -1,4 +1,4 @@
-"""Pictures whose identity lies where the test puts it, as a Market-1501 folder."""
+"""Pictures whose identity lies where the test puts it, in the folders of Market-1501 or VeRi-776."""
 
 from pathlib import Path
 
@@ -33,22 +33,25 @@ def whole(rng: np.random.Generator, identity: int) -> np.ndarray:
     return np.clip(colours + rng.normal(0, 20, (HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8)
 
 
-def write_market(
-    folder: Path, draw, identities: int, cameras: int = 2, frames: int = 4, seed: int = 0, test_identities: int = 0
+LAYOUTS = {  # the dataset's folder, its three parts, the name of a file
+    "market": ("Market-1501-v15.09.15", ("bounding_box_train", "query", "bounding_box_test"), "{:04d}_c{}s1_{:06d}_00.jpg"),
+    "veri": ("VeRi", ("image_train", "image_query", "image_test"), "{:04d}_c{:03d}_{:08d}_0.jpg"),
+}
+
+
+def write_dataset(
+    folder: Path, draw, identities: int, cameras: int = 2, frames: int = 4, seed: int = 0, test_identities: int = 0,
+    layout: str = "market",
 ) -> Path:
-    """A Market-1501 folder below ``folder``. Without test identities only ``bounding_box_train``: all that a search
-    may open. The first frame of every test identity and camera is its query."""
+    """A dataset below ``folder``. Without test identities it has only the training folder: all that a search may open.
+    The first frame of every test identity and camera is its query."""
     rng = np.random.default_rng(seed)
-    market = folder / "Market-1501-v15.09.15"
-
-    def save(part: str, identity: int, camera: int, frame: int) -> None:
-        (market / part).mkdir(parents=True, exist_ok=True)
-        name = f"{identity:04d}_c{camera}s1_{frame:06d}_00.jpg"
-        Image.fromarray(draw(rng, identity)).save(market / part / name, quality=95)
-
+    name, (train, query, gallery), pattern = LAYOUTS[layout]
     for identity in range(1, identities + test_identities + 1):
         for camera in range(1, cameras + 1):
             for frame in range(frames):
-                train = identity <= identities
-                save("bounding_box_train" if train else "bounding_box_test" if frame else "query", identity, camera, frame)
+                part = folder / name / (train if identity <= identities else gallery if frame else query)
+                part.mkdir(parents=True, exist_ok=True)
+                picture = Image.fromarray(draw(rng, identity))
+                picture.save(part / pattern.format(identity, camera, frame), quality=95)
     return folder

@@ -26,7 +26,7 @@ RECIPE = ["--input", "32x16", "--set", "identities=4", "--set", "images=3", "--s
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory):
-    return planted.write_market(tmp_path_factory.mktemp("market"), planted.texture, identities=10, test_identities=4)
+    return planted.write_dataset(tmp_path_factory.mktemp("market"), planted.texture, identities=10, test_identities=4)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_bad_dataset_folders(capsys, tmp_path, market):
     fault = words(capsys, "retrain", "resnet18", "--dataset", "market", "--root", str(half), "--out", str(tmp_path / "r"),
                   "--epochs", "1", "--set", "width=4", *RECIPE)
     assert "query" in fault
-    assert not (tmp_path / "r" / "market" / "resnet18-width4" / "checkpoint.pt").exists(), "found before the training"
+    assert not (tmp_path / "r").exists(), "found before the training"
 
 
 def test_a_truncated_picture_is_named(capsys, tmp_path, market):
@@ -329,6 +329,18 @@ def test_search_retrain_evaluate_compare(market, tmp_path, capsys, monkeypatch):
     assert words(capsys, "compare", "results/market").startswith("autoreid: results are not comparable: recipe is")
     assert main(["compare", "results/market", "--allow-mixed"]) == 0
     assert "*" in capsys.readouterr().out
+
+
+def test_the_same_job_in_veris_layout(tmp_path, capsys, monkeypatch):
+    planted.write_dataset(tmp_path, planted.texture, identities=10, test_identities=4, layout="veri")
+    monkeypatch.chdir(tmp_path)
+    data = ["--dataset", "veri", "--root", str(tmp_path)]
+    assert main(["search", *data, "--space", "reid-vehicle", "--method", "gdas", "--epochs", "2", *SEARCH]) == 0
+    genotype = "searches/veri-reid-vehicle-gdas-s0/genotype.json"
+    assert json.loads((tmp_path / genotype).read_text())["axis"] == "width"
+    assert main(["retrain", genotype, *data, "--epochs", "1", *RECIPE[:-2]]) == 0
+    result = json.loads((tmp_path / "results" / "veri" / "veri-reid-vehicle-gdas-s0-s0.json").read_text())
+    assert result["protocol"] == "veri" and result["queries"] == {"total": 8, "scored": 8}
 
 
 def test_data_reports_counts(market, capsys):

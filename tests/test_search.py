@@ -54,7 +54,7 @@ def batch(seed: int, identities: int = 4, dtype=torch.float) -> tuple[torch.Tens
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory):
-    return planted.write_market(tmp_path_factory.mktemp("market"), planted.texture, identities=10, test_identities=4)
+    return planted.write_dataset(tmp_path_factory.mktemp("market"), planted.texture, identities=10, test_identities=4)
 
 
 def train_samples(market):
@@ -225,6 +225,25 @@ def test_the_two_halves(market, split):
         assert halves.identities == 10
 
 
+def test_a_dataset_of_one_camera_says_what_is_missing(tmp_path):
+    planted.write_dataset(tmp_path, planted.texture, identities=8, cameras=1)
+    with pytest.raises(UserError) as fault:
+        search_data(train_samples(tmp_path), settings(), seed=0)
+    assert str(fault.value) == (
+        "no identity of the validation half is seen by two cameras, so retrieval cannot be validated: check the camera "
+        "numbers with `autoreid data`, or add identities")
+
+
+def test_an_identity_with_one_image_is_drawn_again_and_again(tmp_path):
+    planted.write_dataset(tmp_path, planted.texture, identities=8, frames=3)
+    folder = tmp_path / "Market-1501-v15.09.15" / "bounding_box_train"
+    for path in sorted(folder.glob("0001_*"))[1:]:
+        path.unlink()
+    run = Run(tmp_path / "run", {}, resume=False, overwrite=False)
+    search(TOY, train_samples(tmp_path), settings(epochs=1), run)
+    assert Genotype.load(run.folder / "genotype.json").space == "toy"
+
+
 @pytest.mark.parametrize("method", ["darts", "darts-2", "gdas"])
 def test_a_search_records_itself(market, tmp_path, method):
     run = Run(tmp_path / "run", {"a": 1}, resume=False, overwrite=False)
@@ -277,7 +296,7 @@ def test_a_diverging_search_says_so(market, tmp_path):
 # ---------------------------------------------------------------------------------------- planted problems
 def final_weights(folder, draw, space, seed, **changes) -> pd.Series:
     """Mean softmax weight per kind of cell and operation after a short search on drawn identities."""
-    planted.write_market(folder, draw, identities=changes.pop("people", 24), frames=changes.pop("frames", 4))
+    planted.write_dataset(folder, draw, identities=changes.pop("people", 24), frames=changes.pop("frames", 4))
     base = {"channels": 6, "identities": 6, "images": 4, "alpha_lr": 0.05, "pad": 0, "flip": 0.0, "dropout": 0.0}
     run = Run(folder / "run", {}, resume=False, overwrite=False)
     search(space, data.load("market", folder, parts=("train",)).train, settings(**{**base, **changes}), run, seed)

@@ -23,7 +23,7 @@ MODEL = {"width": 4, "stem": 3}
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory):
-    return planted.write_market(tmp_path_factory.mktemp("market"), planted.texture, identities=8, test_identities=5)
+    return planted.write_dataset(tmp_path_factory.mktemp("market"), planted.texture, identities=8, test_identities=5)
 
 
 def run(tmp_path, name="run") -> Run:

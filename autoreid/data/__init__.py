@@ -154,6 +154,16 @@ def check(name: str, root: str | os.PathLike[str] | None = None, read_images: bo
     }
 
 
+def describe(report: Mapping) -> str:
+    """A report of :func:`check` as text for a terminal."""
+    names = ("images", "identities", "cameras", "junk", "distractors")
+    lines = [f"{report['title']} in {report['folder']}", f"{'':9}" + "".join(f"{name:>13}" for name in names)]
+    lines += [f"{part:9}" + "".join(f"{count[name]:>13,}" for name in names) for part, count in report["splits"].items()]
+    lines += [f"differs: {line}" for line in report["differs"]]
+    lines += [f"problem: {line}" for line in report["problems"]] or ["no problem found"]
+    return "\n".join(lines)
+
+
 def _locate(name: str, root: str | os.PathLike[str] | None, parts: Sequence[str]) -> tuple[Dataset, str]:
     """The dataset's entry in the table and its folder (absolute), by asking only whether folders exist."""
     if name not in DATASETS:
