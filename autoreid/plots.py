@@ -29,7 +29,7 @@ from autoreid.runs import write_bytes
 
 INK, GREY, FRONT, PALE = "#222222", "#8a8a8a", "#c2410c", "#e8eef5"
 # Okabe and Ito's colours: told apart by the colour blind too. The yellow is darkened for white paper.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8a000", "#56b4e9", "#e69f00", "#000000", "#7f7f7f")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8a000", "#56b4e9", "#5b2a86", "#000000", "#7f7f7f")
 Mask = Sequence[bool] | np.ndarray
 Label = tuple[float, float, float, str, bool]  # x, y, deviation, name, on the front?
 LOG_FROM = 8  # a log axis where the dearest costs more than this times the cheapest
