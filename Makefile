@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo`, `make test`. Each makes .venv and installs the package on first use.
+# Everything a newcomer needs: `make demo` (again: `make demo ARGS=--overwrite`), `make test`. Each makes .venv and installs the package on first use.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,7 +9,7 @@ TEST_ENV = OMP_NUM_THREADS=1
 .PHONY: demo test test-all bench lint clean
 
 demo: $(INSTALLED)
-	$(BIN)/autoreid demo --out demo
+	$(BIN)/autoreid demo --out demo $(ARGS)
 
 test: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"

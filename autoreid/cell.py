@@ -74,7 +74,8 @@ class Cell(nn.Module):
         affine: bool,
     ) -> None:
         super().__init__()
-        fit = FactorizedReduce if plan.after_reduction else ReLUConvBN  # s0 is then twice as large as s1
+        # s0 is twice as large as s1 right after a reduction (DARTS, cnn/model.py: preprocess0)
+        fit = FactorizedReduce if plan.after_reduction else ReLUConvBN
         self.preprocess0: nn.Module = fit(plan.channels_before, plan.channels, affine)
         self.preprocess1: nn.Module = ReLUConvBN(plan.channels_previous, plan.channels, affine)
         self.edges = nn.ModuleList(
@@ -119,6 +120,8 @@ STEMS = {"pool": stem_pool, "conv": stem_conv, "half": stem_half}
 
 
 def make_stem(name: str, channels: int) -> nn.Sequential:
+    if channels < 2:
+        raise UserError(f"channels={channels}: allowed is 2 or more")
     if name not in STEMS:
         raise unknown("stem", name, STEMS)
     return STEMS[name](channels)

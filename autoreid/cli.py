@@ -10,7 +10,9 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +22,7 @@ from autoreid.runs import say
 from autoreid.version import __version__
 
 COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "tune", "compare")
+GLOBAL_OPTIONS = ("-h", "--help", "--version")
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +54,12 @@ def size(text: str) -> list[int]:
     return [height, width]
 
 
+def whole(text: str) -> int:
+    if not text.isdigit() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
 def _dataset(p: Parser, positional: bool = False) -> None:
     text = "market, veri, drawn-people[-tiny|-market] or drawn-vehicles[-tiny|-market]"
     if positional:
@@ -68,9 +77,13 @@ def _running(p: Parser, out: str) -> None:
     p.add_argument("--overwrite", action="store_true", help="start anew where a run or result lies already")
 
 
+def _seed(p: Parser) -> None:
+    p.add_argument("--seed", type=whole, default=0, metavar="N", help="of everything that is drawn")
+
+
 def _training(p: Parser) -> None:
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn")
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load pictures, 0 for none")
+    _seed(p)
+    p.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load pictures, 0 for none")
     p.add_argument("--epochs", type=int, metavar="N", help="instead of the preset's or recipe's")
     p.add_argument("--input", type=size, metavar="HxW", help="picture size, instead of the preset's or recipe's")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
@@ -98,7 +111,7 @@ def build_parser() -> Parser:
     p = command("demo", "search, retrain and compare on the embedded drawn people, in minutes on two CPU cores",
                 "autoreid demo --out demo", demo)
     _running(p, "demo")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn")
+    _seed(p)
 
     p = command("data", "make (drawn-*) or check a dataset: counts, junk, missing or unreadable files, and the fix",
                 "autoreid data market --root ~/data", check_data)
@@ -137,6 +150,8 @@ def build_parser() -> Parser:
     _dataset(p)
     p.add_argument("--protocol", metavar="NAME", help="market1501, veri or plain; default the dataset's own")
     p.add_argument("--flip", action="store_true", help="average in the mirror image")
+    p.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking (not here yet: it comes with the issue "
+                   "'Real datasets, honest protocols, and the fastest exact evaluation there is')")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--out", metavar="FILE", help="also write the result JSON here")
     p.add_argument("--overwrite", action="store_true", help="replace the file at --out")
@@ -181,7 +196,8 @@ def demo(args: argparse.Namespace) -> None:
     text = run_demo(Path(args.out), args.seed, _device(args.device), args.resume, args.overwrite)
     print(f"{text}\none seed: this shows that the job runs, not which network is better\n"
           f"Pareto fronts: {Path(args.out) / 'results' / 'drawn-people-tiny' / 'pareto.png'}")
-    _next("autoreid search --dataset drawn-people   (three times the data; then retrain it over three seeds)")
+    say("five times the data, then several seeds, say more:")
+    _next("autoreid search --dataset drawn-people")
 
 
 def check_data(args: argparse.Namespace) -> int:
@@ -190,6 +206,8 @@ def check_data(args: argparse.Namespace) -> int:
     report = data.check(args.dataset, args.root)
     _figures(args, report, data.describe(report))
     if report["problems"]:
+        count = len(report["problems"])
+        say(f"autoreid: {count} problem{'s' * (count > 1)} in {args.dataset}, listed above with what to do")
         return 2
     _next(f"autoreid search --dataset {args.dataset}{_root(args)}")
     return 0
@@ -258,6 +276,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from autoreid.train import measure
 
     _threads()
+    if args.rerank:
+        raise UserError(
+            "--rerank is not here yet: it comes with the issue 'Real datasets, honest protocols, and the fastest exact "
+            "evaluation there is'; evaluate without it"
+        )
     if args.protocol is not None and args.protocol not in PROTOCOLS:
         raise unknown("protocol", args.protocol, PROTOCOLS)
     if args.out and Path(args.out).exists() and not args.overwrite:
@@ -324,13 +347,14 @@ def compare(args: argparse.Namespace) -> None:
     from autoreid import compare as comparison
     from autoreid.report import write_comparison
 
+    args.folder = comparison.result_folder(args.folder)
     results = comparison.read_results(args.folder)
     table = comparison.table(results, allow_mixed=args.allow_mixed)
     written = write_comparison(Path(args.folder), table)
     _figures(args, json.loads(table.to_json(orient="records")), comparison.format_table(table))
     for path in written:
         print(path, file=sys.stderr)
-    _next("autoreid retrain MODEL --dataset NAME --seed N   (more seeds, more models, then compare again)")
+    _next("autoreid retrain MODEL --dataset NAME --seed N")
 
 
 # ---------------------------------------------------------------------------------------- small parts
@@ -339,6 +363,10 @@ def _figures(args: argparse.Namespace, figures: Any, text: str) -> None:
 
 
 def _next(text: str) -> None:
+    """The next sensible command, as it can be pasted: with the path of the program where it is not on the PATH."""
+    program = Path(sys.argv[0])
+    if shutil.which("autoreid") is None and program.name == "autoreid":
+        text = text.replace("autoreid", os.path.relpath(program), 1)
     say(f"next: {text}")
 
 
@@ -404,7 +432,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
         if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
             raise unknown("command", argv[0], COMMANDS)
+        if argv and argv[0].startswith("-") and argv[0] not in GLOBAL_OPTIONS:
+            raise unknown("option", argv[0], GLOBAL_OPTIONS)
         args = parser.parse_args(argv)
+        if getattr(args, "resume", False) and getattr(args, "overwrite", False):
+            raise UserError("--resume and --overwrite contradict each other: give one of them")
         return args.run(args) or 0
     except KeyboardInterrupt:
         again = shlex.join(["autoreid", *(a for a in argv if a not in ("--resume", "--overwrite")), "--resume"])
@@ -413,12 +445,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except UserError as fault:
         if debug:
-            raise
+            traceback.print_exc()
         say(f"autoreid: {fault}" if not str(fault).startswith("autoreid") else str(fault))
         return 2
+    except BrokenPipeError:  # the reader of our figures went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as fault:
         if debug:
-            raise
+            traceback.print_exc()
         where = f" ({fault.filename})" if fault.filename else ""
         say(f"autoreid: the system refused to read or write{where}: {fault.strerror or fault}; free some space, mend "
             "the permission or choose another folder with --out or --root; nothing already written is lost")

@@ -51,6 +51,20 @@ OPTIONAL = ("split", "train epochs")  # compared where both results tell
 
 
 # ---------------------------------------------------------------------------------------- reading
+def result_folder(folder: str | Path) -> Path:
+    """``folder`` if it holds JSON files or no folder of results, else its one folder of results.
+
+    ``results/`` holds a folder per dataset: with several the :class:`UserError` lists them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() or any(folder.glob("*.json")):
+        return folder
+    inside = sorted(child for child in folder.iterdir() if any(_read(path) for path in child.glob("*.json")))
+    if len(inside) > 1:
+        raise UserError(f"{folder} holds results of several datasets: give one of {', '.join(map(str, inside))}")
+    return inside[0] if inside else folder
+
+
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
     """The result files ``*.json`` of a folder ``results/<dataset>``, by name, each with its path under ``"file"``.
 

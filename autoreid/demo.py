@@ -1,7 +1,8 @@
 """The whole job, small: search a cell on drawn people, retrain it beside two controls by one recipe, compare.
 
-The controls are what a search must beat: a random genotype of the same space and size, and a ResNet-18 with as many
-parameters. One seed and a few minutes show that the job runs, not which network is better; results/ holds that.
+The controls are what a search must beat: a random genotype of the same space, and a ResNet-18 of the whole width whose
+parameters come nearest. One seed and a few minutes show that the job runs, not which network is better; the recorded
+results say more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from autoreid.space import SearchSpace
 from autoreid.train import find_recipe, retrain
 
 DATASET = "drawn-people-tiny"
+MODELS = ("searched", "random", "resnet18-like")
 
 
 def run_demo(out: Path, seed: int, device: str, resume: bool, overwrite: bool) -> str:
@@ -29,29 +31,34 @@ def run_demo(out: Path, seed: int, device: str, resume: bool, overwrite: bool) -
     folder = searches / f"{DATASET}-{space.name}-{settings.method}-s{seed}"
     finished = results / DATASET / "comparison.csv"
     if finished.exists() and not (overwrite or resume):
-        raise UserError(f"{out} already holds a finished demo: add --overwrite to run it anew, or --out DIR")
-    if overwrite:
+        raise UserError(
+            f"{out} already holds a finished demo: add --overwrite to run it anew (make demo ARGS=--overwrite), or "
+            "--out DIR"
+        )
+    if overwrite:  # all of it at once: no old network beside a new search
         finished.unlink(missing_ok=True)
-    resume = not overwrite
+        for name in MODELS:
+            one = results / DATASET / f"{name}-s{seed}"
+            Run.clear(one, [one.with_name(one.name + ending) for ending in (".json", ".safetensors")])
+        Run.clear(folder, [])
 
     say(f"1/3 search: {settings.method} over the space {space.name}, {settings.epochs} epochs")
     samples = data.load(DATASET, parts=("train",)).train
-    run = Run(folder, search_config(DATASET, space, settings, seed, device, len(samples)), resume=resume,
-              overwrite=overwrite)
+    run = Run(folder, search_config(DATASET, space, settings, seed, device, len(samples)), resume=True, overwrite=False)
     search(space, samples, settings, run, seed, device, provenance={
         "command": command(), "dataset": DATASET, "method": settings.method, "seed": seed, "commit": commit(),
     })
     plots.draw_search(folder)
 
     genotype, recipe = folder / "genotype.json", find_recipe("demo")
-    models = {
-        "searched": find_model(str(genotype)),
-        "random": find_model("random-reid", {"genotype_seed": seed}, match=genotype),
-        "resnet18-like": find_model("resnet18", {"stem": 3}, match=genotype),
-    }
-    for number, (name, spec) in enumerate(models.items(), start=1):
-        say(f"2/3 retrain {number}/{len(models)}: {name}, {recipe.epochs} epochs of one shared recipe")
-        retrain(spec, DATASET, recipe, results, seed=seed, device=device, resume=resume, overwrite=overwrite, name=name)
+    specs = (
+        find_model(str(genotype)),
+        find_model("random-reid", {"genotype_seed": seed}, match=genotype),
+        find_model("resnet18", {"stem": 3}, match=genotype),
+    )
+    for number, (name, spec) in enumerate(zip(MODELS, specs, strict=True), start=1):
+        say(f"2/3 retrain {number}/{len(MODELS)}: {name}, {recipe.epochs} epochs of one shared recipe")
+        retrain(spec, DATASET, recipe, results, seed=seed, device=device, resume=True, name=name)
 
     say("3/3 compare")
     table = compare.table(compare.read_results(results / DATASET))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from autoreid.errors import UserError, unknown
+from autoreid.options import read_json
 
 FORMAT, VERSION = "autoreid-genotype", 1
 
@@ -87,6 +88,10 @@ class Genotype:
         for name in data:
             if name not in known:
                 raise unknown("genotype entry", name, known)
+        if not isinstance(data["concat"], list) or not all(type(node) is int for node in data["concat"]):
+            raise UserError(f"genotype: concat must be a list of node numbers, got {data['concat']!r}")
+        if not isinstance(data.get("provenance", {}), Mapping):
+            raise UserError(f"genotype: provenance must be an object, got {data['provenance']!r}")
         return cls(
             space=str(data["space"]),
             normal=_parse_cell("normal", data["normal"]),
@@ -100,15 +105,10 @@ class Genotype:
     @classmethod
     def load(cls, path: str | Path) -> Genotype:
         """Read ``path``; every fault is a :class:`UserError` that begins with the path."""
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such genotype file; `autoreid search` writes one")
         try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except json.JSONDecodeError as fault:
-            raise UserError(f"{path}: not valid JSON ({fault})") from None
+            return cls.from_dict(read_json(path, "genotype"))
         except UserError as fault:
-            raise UserError(f"{path}: {fault}") from None
+            raise at_path(path, fault) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; ``parts`` and ``axis`` appear only where they differ from four stripes of the height."""
@@ -142,6 +142,11 @@ class Genotype:
         uses_parts = any(op == "part_aware" for cell in cells for node in cell[0] for op, _ in node)
         stripes = [self.parts, self.axis] if uses_parts else []
         return hashlib.sha256(json.dumps([cells, stripes]).encode()).hexdigest()[:12]
+
+
+def at_path(path: str | Path, fault: UserError) -> UserError:
+    """The fault with the file's path in front, once."""
+    return fault if str(fault).startswith(str(path)) else UserError(f"{path}: {fault}")
 
 
 def _parse_cell(name: str, cell: Any) -> CellGraph:

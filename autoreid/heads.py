@@ -69,8 +69,12 @@ class ReIDNet(nn.Module):
     the neck: ``net.neck(net.features(images))`` is ``forward`` taken in two steps (the triplet reads the first, the
     classifier the second).
 
+    ``input_size``, (H, W), is set on a net that was loaded from its weights: the size it was trained at.
+
     ``backbone`` maps images to B x C x h x w and says C as ``backbone.channels``.
     """
+
+    input_size: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -87,6 +91,8 @@ class ReIDNet(nn.Module):
             raise unknown("neck", neck, NECKS)
         if not 0 <= dropout < 1:
             raise UserError(f"dropout is {dropout}; allowed: from 0 to below 1")
+        if embedding_dim is not None and embedding_dim < 1:
+            raise UserError(f"embedding_dim is {embedding_dim}; allowed: 1 or more, or none")
         channels: int = backbone.channels  # type: ignore[assignment]
         self.dims = embedding_dim or channels
         self.backbone = backbone

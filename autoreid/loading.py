@@ -92,7 +92,7 @@ class PKSampler:
         if len(self._images) < self.p:
             raise UserError(
                 f"a batch of {self.p} identities x {self.k} images needs {self.p} identities, but there are only "
-                f"{len(self._images)}; lower identities_per_batch to at most {len(self._images)}"
+                f"{len(self._images)}; lower identities to at most {len(self._images)}"
             )
 
     def __len__(self) -> int:

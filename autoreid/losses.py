@@ -8,8 +8,6 @@ precision is a difference of two large squares and means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,9 +59,3 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.
     """Cross entropy, logits N x C and labels N, against 1 - smoothing on the label plus smoothing / C everywhere."""
     with torch.autocast(logits.device.type, enabled=False):
         return F.cross_entropy(_full(logits), labels, label_smoothing=smoothing)
-
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "batch_hard_triplet": batch_hard_triplet,
-    "smoothed_cross_entropy": smoothed_cross_entropy,
-}

@@ -162,7 +162,7 @@ def find_model(
     backbone_names = model_options(CellNet if genotype else BACKBONES[name])
     head_names = model_options(ReIDNet)
     other = Genotype.load(match) if match else None
-    backbone: dict[str, Any] = dict((other or genotype).provenance.get("macro", {})) if genotype else {}
+    backbone = recorded_size(other or genotype) if genotype else {}
     head: dict[str, Any] = {}
     for key, value in options.items():
         if key in backbone_names:
@@ -175,9 +175,17 @@ def find_model(
         if "width" not in backbone_names:
             raise UserError(f"--match: {name} has no width to choose; give a model with one, such as resnet18")
         backbone["width"] = options["width"] = _matching_width(name, backbone, ModelSpec(
-            "", other, other.provenance.get("macro", {})))
+            "", other, recorded_size(other)))
     label = "-".join([label, *(f"{key.replace('_', '')}{_short({**backbone, **head}[key])}" for key in sorted(options))])
     return ModelSpec(name, genotype, backbone, head, label)
+
+
+def recorded_size(genotype: Genotype) -> dict[str, Any]:
+    """The channels, layers and stem that a search recorded in its genotype's provenance, or nothing."""
+    recorded, known = genotype.provenance.get("macro", {}), model_options(CellNet)
+    if not isinstance(recorded, Mapping) or not set(recorded) <= set(known):
+        raise UserError(f"genotype: provenance macro is {recorded!r}; allowed: an object with {', '.join(sorted(known))}")
+    return {key: parse(f"provenance macro {key}", value, known[key]) for key, value in recorded.items()}
 
 
 def _matching_width(name: str, options: Mapping[str, Any], target: ModelSpec) -> int:
@@ -239,4 +247,5 @@ def load_weights(path: str | Path) -> tuple[ReIDNet, dict[str, Any]]:
         raise UserError(f"{path} was not written by autoreid: its metadata do not say how to build the network")
     net = ModelSpec.from_dict(header["model"]).build()
     net.load_state_dict(tensors)
+    net.input_size = (int(header["input"][0]), int(header["input"][1]))
     return net.eval(), header

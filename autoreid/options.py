@@ -1,9 +1,12 @@
-"""``--set key=value``: the user's text in the type of the field's default, for settings, recipes and model options."""
+"""What a user wrote, as ``--set key=value`` or in a file, in the type of the field it is meant for."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from autoreid.errors import UserError, unknown
@@ -19,26 +22,54 @@ def split_pairs(pairs: Iterable[str]) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in (pair.split("=", 1) for pair in pairs)}
 
 
-def parse(name: str, text: Any, default: Any) -> Any:
-    """``text`` in the type of ``default``; anything that is not text is returned as it is.
+def parse(name: str, value: Any, default: Any) -> Any:
+    """``value`` in the type of ``default``, from the text of an option or from a JSON file.
 
     A tuple is written with commas (``2,2,2,2``; a size also as ``256x128``), "none" stands for None, and a field whose
     default is None holds a whole number.
     """
-    if not isinstance(text, str):
-        return tuple(text) if isinstance(default, tuple) and isinstance(text, list) else text
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word",
+             tuple: "whole numbers as in 2,2,2,2"}
     try:
-        if default is None:
-            return None if text == "none" else int(text)
-        if isinstance(default, bool):
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if isinstance(default, tuple):
-            return tuple(int(part) for part in text.replace("x", ",").split(",") if part)
-        return type(default)(text)
-    except (ValueError, KeyError):
-        kinds = {bool: "true or false", int: "a whole number", float: "a number", tuple: "whole numbers as in 2,2,2,2"}
+        return _from_text(value, default) if isinstance(value, str) else _from_json(value, default)
+    except (ValueError, KeyError, OverflowError):
         kind = kinds.get(type(default), "a whole number or none")
-        raise UserError(f"{name}={text}: {name} must be {kind} (default {default})") from None
+        raise UserError(f"{name}={value}: {name} must be {kind} (default {default})") from None
+
+
+def _from_text(text: str, default: Any) -> Any:
+    if default is None:
+        return None if text == "none" else int(text)
+    if isinstance(default, bool):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(default, tuple):
+        return tuple(int(part) for part in text.replace("x", ",").split(",")) if text else ()
+    if isinstance(default, float) and not math.isfinite(float(text)):
+        raise ValueError
+    return type(default)(text)
+
+
+def _from_json(value: Any, default: Any) -> Any:
+    if value is None and default is None:
+        return None
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+        return tuple(value)
+    if isinstance(default, float) and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if type(value) is type(default) or (default is None and type(value) is int):
+        return value
+    raise ValueError
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """The JSON in ``path``; a missing or damaged file is a :class:`UserError` that names ``what`` it should hold."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such {what} file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise UserError(f"{path}: not valid JSON ({fault})") from None
 
 
 def changed(settings: Settings, changes: Mapping[str, Any], what: str, follow_epochs: Iterable[str] = ()) -> Settings:
@@ -60,6 +91,13 @@ def changed(settings: Settings, changes: Mapping[str, Any], what: str, follow_ep
 
 def _share(value: Any, epochs: int, before: int) -> Any:
     return tuple(_share(v, epochs, before) for v in value) if isinstance(value, tuple) else value * epochs // before
+
+
+def require_ranges(settings: Any, **ranges: tuple[float, float, str]) -> None:
+    """Every named number of a dataclass within (lowest, highest, words); NaN and infinity are within no range."""
+    for name, (low, high, words) in ranges.items():
+        value = getattr(settings, name)
+        require(value is None or low <= value <= high, name, value, words)
 
 
 def require(fits: bool, name: str, value: Any, allowed: str) -> None:

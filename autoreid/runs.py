@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 from autoreid.errors import UserError
+from autoreid.options import read_json
 
 T = TypeVar("T")
 PACKAGES = ("autoreid", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors")
@@ -64,17 +65,6 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON to ``path``, whole or not at all; NaN is refused, as JSON has none."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: str | Path, what: str) -> Any:
-    """The JSON in ``path``; a missing or damaged file is a :class:`UserError` that names ``what`` it should hold."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no {what} at {path}: give the path of an existing file")
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise UserError(f"{path} is not a {what}: it is not valid JSON ({fault})") from None
 
 
 def _umask() -> int:
@@ -123,7 +113,11 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {**versions, "processor": processor(), "cores": os.cpu_count(), "commit": commit(), "command": command()}
+    torch = sys.modules.get("torch")  # the order of sums, and so the last bits, depend on the number of threads
+    return {
+        **versions, "processor": processor(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None, "commit": commit(), "command": command(),
+    }
 
 
 def processor() -> str:
@@ -146,28 +140,46 @@ class Run:
     """The folder of one long command: what it was asked, where it stands, what it found.
 
     ``config.json`` says what was asked, ``environment.json`` where it ran; ``checkpoint.pt`` holds the exact state of
-    the last whole epoch, ``summary.json`` is written last. A folder with a ``config.json`` is never written over
-    without ``overwrite``, and ``resume`` accepts only the same question.
+    the last whole epoch, ``summary.json`` is written last and says that the run is finished.
+
+    Making a Run only looks: a folder with a ``config.json`` is refused without ``resume`` or ``overwrite``, and
+    ``resume`` accepts only the same question. Nothing is written before :meth:`open`, which the work calls when all
+    that the user gave has been found good. ``results`` are files elsewhere that belong to the run.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        self.folder = Path(folder)
+    FILES = ("config.json", "environment.json", "checkpoint.pt", "summary.json", "genotype.json", "curves.csv",
+             "alphas.csv", "genotype.png", "alphas.png", "curves.png")
+
+    def __init__(
+        self, folder: str | Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool, results: Sequence[Path] = ()
+    ) -> None:
+        self.folder, self.results, self.overwrite = Path(folder), tuple(results), overwrite
         self.config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
-        existing = self.folder / "config.json"
-        if existing.exists() and not (resume or overwrite):
-            state = "a finished" if self.summary.exists() else "an unfinished"
-            raise UserError(
-                f"{self.folder} already holds {state} run: add --resume to go on with it, "
-                f"--overwrite to start it anew, or --out DIR to write elsewhere"
-            )
-        if existing.exists() and resume:
-            self._refuse_another_question(read_json(existing, "run configuration"))
-        if overwrite and not resume:
-            self.checkpoint.unlink(missing_ok=True)
-            self.summary.unlink(missing_ok=True)
-        if not (existing.exists() and resume):
-            write_json(self.folder / "environment.json", environment())
-            write_json(existing, self.config)
+        self.resumes = resume and self._config.exists()
+        if self.resumes:
+            self._refuse_another_question(read_json(self._config, "run configuration"))
+        elif not overwrite:
+            there = next((path for path in (self._config, *self.results) if path.exists()), None)
+            if there == self._config:
+                state = "a finished" if self.summary.exists() else "an unfinished"
+                raise UserError(
+                    f"{self.folder} already holds {state} run: add --resume to go on with it, "
+                    f"--overwrite to start it anew, or --out DIR to write elsewhere"
+                )
+            if there:
+                raise UserError(
+                    f"{there} is there already: add --overwrite to make it anew, or --out DIR to write elsewhere"
+                )
+
+    @classmethod
+    def clear(cls, folder: Path, results: Iterable[Path]) -> None:
+        """Take a run away: its results first and the question last, so that no old result is left beside a new one."""
+        for path in (*results, *(folder / name for name in reversed(cls.FILES))):
+            path.unlink(missing_ok=True)
+
+    @property
+    def _config(self) -> Path:
+        return self.folder / "config.json"
 
     @property
     def checkpoint(self) -> Path:
@@ -178,12 +190,30 @@ class Run:
         """Written last: its presence says that the run is finished."""
         return self.folder / "summary.json"
 
+    @property
+    def finished(self) -> bool:
+        """A resumed run that has nothing left to do."""
+        return self.resumes and self.summary.exists()
+
+    def open(self) -> None:
+        """Begin to write: a new run's folder is cleared of what an overwritten one left, then says what is asked."""
+        if self.folder.is_dir():
+            for left in self.folder.glob(".*"):  # temporary files of a killed process
+                if left.is_file():
+                    left.unlink()
+        if self.resumes:
+            return
+        self.clear(self.folder, self.results)
+        write_json(self.folder / "environment.json", environment())
+        write_json(self._config, self.config)
+
     def _refuse_another_question(self, before: Mapping[str, Any]) -> None:
-        for name in sorted({*before, *self.config}):
-            if before.get(name) != self.config.get(name):
+        now, then = _flat(self.config), _flat(before)
+        for name in sorted({*now, *then}):
+            if then.get(name) != now.get(name):
                 raise UserError(
-                    f"--resume: {self.folder} was started with {name}={before.get(name)!r}, now {name}="
-                    f"{self.config.get(name)!r}: give the same options, or --overwrite to start anew"
+                    f"--resume: {self.folder} was started with {name}={then.get(name)}, now {name}={now.get(name)}: "
+                    "give the same options, or --overwrite to start anew"
                 )
 
     def save(self, state: Mapping[str, Any]) -> None:
@@ -207,6 +237,14 @@ class Run:
                 f"{self.checkpoint} cannot be read ({type(fault).__name__}): it is damaged; "
                 f"start the run anew with --overwrite"
             ) from fault
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration by its innermost names: ``{"recipe": {"lr": 1}}`` to ``{"recipe.lr": 1}``."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found.update(_flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item})
+    return found
 
 
 def rows_up_to(path: Path, epoch: int) -> list[str]:

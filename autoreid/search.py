@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,15 +24,15 @@ from autoreid.data import Sample
 from autoreid.errors import UserError, unknown
 from autoreid.evaluate import evaluate, held_out_split
 from autoreid.genotype import Genotype
-from autoreid.loading import Augment, PKSampler, TrainLoader, relabel, split_for_search
+from autoreid.loading import SPLITS, Augment, PKSampler, TrainLoader, relabel, split_for_search
 from autoreid.losses import batch_hard_triplet
-from autoreid.options import changed, require
+from autoreid.options import changed, read_json, require, require_ranges
 from autoreid.runs import Run, peak_memory_bytes, progress, rows_up_to, say, write_json, write_text
 from autoreid.space import SearchSpace
 from autoreid.supernet import KINDS, EdgeWeights, Supernet
 
 ARCH_LOSSES = ("triplet", "retrieval", "ce")
-SPLITS = ("identity", "image")
+Batch = tuple[Tensor, Tensor]  # images B x 3 x H x W, labels B
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SearchSettings:
       keeps the halves' identities apart, as training and test are; the alphas then need a loss without classifier.
     - ``alpha_warmup`` epochs train the weights alone: early alphas favour operations without weights.
     - the weights step comes before the alphas step (algorithm 1; DARTS' code has them the other way round).
-    - ``alpha_beta1`` .5 is DARTS'; ``clip`` 5 too (its training is unstable without).
+    - ``alpha_beta1`` .5 is DARTS'; ``clip`` 5 too (its training is unstable without; 0 means none).
     - ``tau`` falls linearly per epoch and reaches ``tau_min`` in the last one, as in the GDAS code.
     - ``identities`` x ``images``: the paper gives the batch, 16, and a class-balanced sampler, not its numbers.
     """
@@ -100,14 +101,22 @@ class SearchSettings:
                 "below epochs, or the alphas would never be updated")
         require(len(self.input) == 2 and min(self.input) >= 16, "input", "x".join(map(str, self.input)),
                 "HxW with both sides at least 16, as in 128x64")
-        require(0 <= self.ce_weight <= 1, "ce_weight", self.ce_weight, "from 0 to 1 (lambda of eq. 5)")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
+        require_ranges(
+            self, channels=(2, 4096, "2 or more"), ce_weight=(0, 1, "from 0 to 1 (lambda of eq. 5)"),
+            margin=(0, 1e6, "0 or more"), dropout=(0, 0.99, "from 0 to .99"), embedding_dim=(1, 1e6, "1 or more, or none"),
+            lr=(1e-12, 1e6, "above 0"), lr_min=(0, self.lr, "from 0 to lr"), momentum=(0, 0.9999, "from 0 to below 1"),
+            weight_decay=(0, 1e6, "0 or more"), clip=(0, 1e12, "0 (no clipping) or more"),
+            alpha_lr=(1e-12, 1e6, "above 0"), alpha_gamma=(0, 1, "from 0 to 1"),
+            alpha_beta1=(0, 0.9999, "from 0 to below 1"), alpha_weight_decay=(0, 1e6, "0 or more"),
+            flip=(0, 1, "from 0 to 1"), erase=(0, 1, "from 0 to 1"), pad=(0, 4096, "0 or more pixels"),
+            eval_every=(1, 1e9, "1 or more (epochs between validations)"),
+        )
+        require(len(self.layers) >= 2 and min(self.layers) >= 1, "layers", list(self.layers),
+                "two stages or more, each with a cell: without a second stage there is no reduction cell")
         require(self.identities >= 2 and self.images >= 2, "identities, images", (self.identities, self.images),
                 "2 or more each: a triplet needs a positive and a negative")
         require(self.tau_max >= self.tau_min > 0, "tau_max, tau_min", (self.tau_max, self.tau_min),
                 "tau_max >= tau_min > 0")
-        require(self.lr > 0 and self.alpha_lr > 0, "lr, alpha_lr", (self.lr, self.alpha_lr), "above 0")
-        require(self.eval_every >= 1, "eval_every", self.eval_every, "1 or more (epochs between validations)")
 
 
 # ---------------------------------------------------------------------------------------- the two halves' data
@@ -117,7 +126,7 @@ class SearchData:
 
     train: TrainLoader
     val: TrainLoader
-    identities: int  # of the weights' half: what the classifier tells apart
+    classes: int  # identities of the weights' half: what the classifier tells apart
     train_images: int
     val_images: int
     query: Sequence[Sample]
@@ -151,7 +160,7 @@ def search_data(samples: Sequence[Sample], settings: SearchSettings, seed: int, 
     )
 
 
-def endless(loader: TrainLoader, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(loader: TrainLoader, step: int) -> Iterator[Batch]:
     """The loader's batches from global step ``step`` on, epoch after epoch."""
     while True:
         epoch, start = divmod(step, len(loader))
@@ -223,7 +232,7 @@ class Searcher:
 
 
 # ---------------------------------------------------------------------------------------- losses and steps
-def retrieval_loss(searcher: Searcher, batch: tuple[Tensor, Tensor], edges: EdgeWeights) -> tuple[Tensor, ...]:
+def retrieval_loss(searcher: Searcher, batch: Batch, edges: EdgeWeights) -> tuple[Tensor, ...]:
     """Eq. 5 and its two terms on one batch: (lambda * L_s + (1 - lambda) * L_t, L_s, L_t)."""
     images, labels = (part.to(searcher.device, non_blocking=True) for part in batch)
     features = searcher.net(images, edges)  # f, B x dims
@@ -233,7 +242,7 @@ def retrieval_loss(searcher: Searcher, batch: tuple[Tensor, Tensor], edges: Edge
     return lam * ce + (1 - lam) * triplet, ce, triplet
 
 
-def architecture_loss(searcher: Searcher, batch: tuple[Tensor, Tensor]) -> Tensor:
+def architecture_loss(searcher: Searcher, batch: Batch) -> Tensor:
     """What the alphas minimise on a validation batch: see ``arch_loss`` of the settings."""
     edges = searcher.edge_weights()
     if searcher.settings.arch_loss == "triplet":  # no classifier: the identities may be new to it
@@ -243,7 +252,7 @@ def architecture_loss(searcher: Searcher, batch: tuple[Tensor, Tensor]) -> Tenso
     return ce if searcher.settings.arch_loss == "ce" else loss
 
 
-def weight_step(searcher: Searcher, batch: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def weight_step(searcher: Searcher, batch: Batch) -> tuple[float, float]:
     """One SGD step on w; returns (cross-entropy, triplet). The gradients are None again when it ends."""
     loss, ce, triplet = retrieval_loss(searcher, batch, searcher.edge_weights(detach=True))
     if not torch.isfinite(loss):
@@ -252,16 +261,19 @@ def weight_step(searcher: Searcher, batch: tuple[Tensor, Tensor]) -> tuple[float
             f"--set lr={searcher.settings.lr / 4:g}"
         )
     loss.backward()
-    nn.utils.clip_grad_norm_(searcher.weights, searcher.settings.clip)
+    if searcher.settings.clip > 0:
+        nn.utils.clip_grad_norm_(searcher.weights, searcher.settings.clip)
     # operations that GDAS did not draw have no gradient at all, so momentum and decay leave them alone too
     searcher.weight_optimizer.step()
     searcher.weight_optimizer.zero_grad(set_to_none=True)
     return ce.item(), triplet.item()
 
 
-def arch_step(searcher: Searcher, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
-    """One Adam step on the alphas; returns the validation loss. No weight gets a gradient, by construction."""
-    loss, found = METHODS[searcher.settings.method].arch_gradient(searcher, train, val)
+def arch_step(searcher: Searcher, train: Batch, val: Batch) -> float:
+    """One Adam step on the alphas; returns the validation loss. No weight gets a gradient, by construction, and the
+    batch norms' running statistics see no validation picture."""
+    with statistics_untouched(searcher.net):
+        loss, found = METHODS[searcher.settings.method].arch_gradient(searcher, train, val)
     for alpha, gradient in zip(searcher.net.arch_parameters(), found, strict=True):
         alpha.grad = gradient
     searcher.alpha_optimizer.step()
@@ -269,7 +281,20 @@ def arch_step(searcher: Searcher, train: tuple[Tensor, Tensor], val: tuple[Tenso
     return loss.item()
 
 
-def first_order(searcher: Searcher, train, val) -> tuple[Tensor, Sequence[Tensor]]:
+@contextmanager
+def statistics_untouched(net: nn.Module) -> Iterator[None]:
+    """Batch norms normalise by their batch as in training, without moving their running statistics."""
+    norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def first_order(searcher: Searcher, train: Batch | None, val: Batch) -> tuple[Tensor, Sequence[Tensor]]:
     """dL_val(w, alpha) / dalpha (DARTS, section 2.3 with xi = 0; what Auto-ReID used). ``train`` is not read."""
     loss = architecture_loss(searcher, val)
     return loss.detach(), gradients(loss, searcher.net.arch_parameters())
@@ -284,22 +309,20 @@ def gradients(loss: Tensor, parameters: Sequence[Tensor], retain_graph: bool = F
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
 
-def second_order(searcher: Searcher, train, val, epsilon: float = 0.01) -> tuple[Tensor, Sequence[Tensor]]:
+def second_order(searcher: Searcher, train: Batch, val: Batch, epsilon: float = 0.01) -> tuple[Tensor, Sequence[Tensor]]:
     """dL_val(w', alpha) / dalpha with w' one training step ahead (DARTS, eq. 6-8).
 
     w' = w - eta (mu * buffer + dL_train/dw + decay * w), the step SGD would take at its current rate, without
     clipping. The Hessian-vector product is a central difference: with g = dL_val/dw' and R = epsilon / |g|,
     d2L_train/(dalpha dw) g = (dL_train(w + R g)/dalpha - dL_train(w - R g)/dalpha) / 2R.
 
-    The three extra passes replay the same dropout, and leave no trace: weights, the batch norms' running statistics
-    and the random state are put back from copies (adding and subtracting R g would leave rounding behind).
+    The three training passes replay the same dropout and leave no trace: weights and random state are put back from
+    copies (adding and subtracting R g would leave rounding behind), running statistics are untouched (arch_step).
     """
-    net, weights = searcher.net, searcher.weights
-    alphas = net.arch_parameters()
+    weights, alphas = searcher.weights, searcher.net.arch_parameters()
     group = searcher.weight_optimizer.param_groups[0]
     eta, mu, decay = group["lr"], group["momentum"], group["weight_decay"]
     saved = [w.detach().clone() for w in weights]
-    buffers = [b.detach().clone() for b in net.buffers()]
     devices = [searcher.device] if searcher.device.type == "cuda" else []
     rng = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
 
@@ -337,9 +360,6 @@ def second_order(searcher: Searcher, train, val, epsilon: float = 0.01) -> tuple
     minus = gradients(training_loss(), alphas)
 
     put_back(0.0, g)
-    with torch.no_grad():
-        for buffer, old in zip(net.buffers(), buffers, strict=True):
-            buffer.copy_(old)
     return loss.detach(), [d - eta * (p - m) / (2 * r) for d, p, m in zip(direct, plus, minus, strict=True)]
 
 
@@ -387,6 +407,15 @@ class SearchResult:
     device_hours: float
     peak_memory_bytes: int
 
+    @classmethod
+    def read(cls, run: Run) -> SearchResult:
+        """The result of a finished run."""
+        summary = read_json(run.summary, "summary")
+        return cls(
+            Genotype.load(run.folder / "genotype.json"), summary["val_mAP"], summary["device_hours"],
+            summary["peak_memory_bytes"],
+        )
+
 
 def entropy(weights: Tensor) -> float:
     """Mean entropy of the edges' softmax in nats: log(operations) at the start, 0 when every edge has decided."""
@@ -408,13 +437,17 @@ def search(
     Written after every epoch: ``curves.csv`` (losses, validation mAP, entropies, tau, seconds, memory), ``alphas.csv``
     (every edge's softmax), ``genotype.json`` (the genotype of the moment) and the checkpoint.
     """
+    if run.finished:
+        say(f"{run.folder} is finished: nothing to resume")
+        return SearchResult.read(run)
     data = search_data(samples, settings, seed, workers)
-    searcher = Searcher(space, settings, data.identities, seed, device)
-    first, seconds = 0, 0.0
+    searcher = Searcher(space, settings, data.classes, seed, device)
+    run.open()
+    first, seconds, memory = 0, 0.0, 0
     curves, trajectories = run.folder / "curves.csv", run.folder / "alphas.csv"
     if (state := run.load()) is not None:
         searcher.load(state["searcher"])
-        first, seconds = state["epoch"], state["seconds"]
+        first, seconds, memory = state["epoch"], state["seconds"], state["memory"]
         say(f"resumed after epoch {first} of {settings.epochs}")
     rows = rows_up_to(curves, first) or [
         "epoch,loss_ce,loss_triplet,loss_alpha,val_mAP,val_rank1,entropy_normal,entropy_reduction,tau,lr,seconds,"
@@ -426,14 +459,15 @@ def search(
         begin = time.monotonic()
         searcher.schedule(epoch)
         losses = run_epoch(searcher, data, epoch)
-        seconds += time.monotonic() - begin
         val_map = rank1 = None
         if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
             val_map, rank1 = validate(searcher, data)
+        seconds += time.monotonic() - begin
+        memory = max(memory, memory_bytes(searcher.device))
         softmax = {kind: w.detach().cpu() for kind, w in searcher.net.softmax_weights().items()}
         rows.append(",".join(_cell_text(v) for v in (
             epoch, *losses, val_map, rank1, *(entropy(softmax[kind]) for kind in KINDS), searcher.tau,
-            searcher.weight_optimizer.param_groups[0]["lr"], seconds, memory_bytes(searcher.device),
+            searcher.weight_optimizer.param_groups[0]["lr"], seconds, memory,
         )))
         alphas.extend(
             f"{epoch},{kind},{source}->{node},{operation},{weight:.6g}"
@@ -445,14 +479,15 @@ def search(
         write_text(trajectories, "\n".join(alphas) + "\n")
         genotype = searcher.net.derive(**(provenance or {}), macro=macro(settings), epoch=epoch + 1)
         write_text(run.folder / "genotype.json", genotype.to_json())
-        run.save({"searcher": searcher.state(), "epoch": epoch + 1, "seconds": seconds})
+        run.save({"searcher": searcher.state(), "epoch": epoch + 1, "seconds": seconds, "memory": memory})
         left = seconds / (epoch + 1) * (settings.epochs - epoch - 1)
         shown = "" if val_map is None else f", val mAP {100 * val_map:.1f} %"
         say(f"epoch {epoch + 1}/{settings.epochs}: ce {losses[0]:.3f}, triplet {losses[1]:.3f}{shown}, {left:.0f} s left")
     # a run resumed after its last epoch lacks only the closing files
     final_map = validate(searcher, data)[0] if val_map is None else val_map
     genotype = searcher.net.derive(**(provenance or {}), macro=macro(settings), epoch=settings.epochs)
-    result = SearchResult(genotype, final_map, seconds / 3600, memory_bytes(searcher.device))
+    write_text(run.folder / "genotype.json", genotype.to_json())
+    result = SearchResult(genotype, final_map, seconds / 3600, memory)
     write_json(run.summary, {
         "genotype": genotype.key(), "val_mAP": final_map, "device_hours": result.device_hours, "device": device,
         "peak_memory_bytes": result.peak_memory_bytes, "steps": settings.epochs * len(data.train),
@@ -493,10 +528,10 @@ def run_epoch(searcher: Searcher, data: SearchData, epoch: int) -> tuple[float |
 
 
 def validate(searcher: Searcher, data: SearchData) -> tuple[float, float]:
-    """mAP and rank-1 of the supernet on the validation half, whose weights it has never been trained on.
+    """mAP and rank-1 of the supernet on the validation half.
 
-    The alphas have: this figure watches the search, it does not say how good the derived network will be. GDAS is
-    measured as the path it would derive, DARTS as its mixture.
+    The weights have never seen it, the alphas have: this figure watches the search, it does not say how good the
+    derived network will be. GDAS is measured as the path it would derive, DARTS as its mixture.
     """
     sampled = METHODS[searcher.settings.method].sampled
     edges = searcher.net.derived_weights() if sampled else searcher.net.softmax_weights(detach=True)

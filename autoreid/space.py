@@ -7,15 +7,16 @@ that a search must beat.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from autoreid.errors import UserError, unknown
-from autoreid.genotype import AXES, OPERATIONS, CellGraph, Genotype, Node, input_pairs
+from autoreid.genotype import AXES, OPERATIONS, CellGraph, Genotype, Node, at_path, input_pairs
+from autoreid.options import read_json
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class SearchSpace:
     source: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.-]+", self.name):
+            raise UserError(f"search space: name is {self.name!r}; allowed: letters, digits, '.', '_' and '-'")
         where = f"search space {self.name}"
         for op in self.operations:
             if op not in (*OPERATIONS, "none"):
@@ -68,28 +71,28 @@ class SearchSpace:
     # ------------------------------------------------------------------------------------ files
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SearchSpace:
+        if not isinstance(data, dict):
+            raise UserError(f"search space: must be a JSON object, got {data!r}")
         known = {"name", "operations", "nodes", "parts", "axis", "source"}
         for name in data:
             if name not in known:
                 raise unknown("search space entry", name, known)
         if not {"name", "operations"} <= set(data):
             raise UserError("search space: name and operations are needed")
+        if not isinstance(data["operations"], list):
+            raise UserError(f"search space: operations must be a list of names, got {data['operations']!r}")
         return cls(**{**data, "operations": tuple(data["operations"])})
 
     @classmethod
     def load(cls, name: str) -> SearchSpace:
         """A space by name (a file of ``search_spaces/``) or by the path of a JSON file."""
         path = Path(name) if name.endswith(".json") else space_folder() / f"{name}.json"
-        if not path.is_file():
-            if name.endswith(".json"):
-                raise UserError(f"{path}: no such search space file")
+        if not name.endswith(".json") and not path.is_file():
             raise unknown("search space", name, known_spaces())
         try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except json.JSONDecodeError as fault:
-            raise UserError(f"{path}: not valid JSON ({fault})") from None
+            return cls.from_dict(read_json(path, "search space"))
         except UserError as fault:
-            raise UserError(f"{path}: {fault}") from None
+            raise at_path(path, fault) from None
 
     # ------------------------------------------------------------------------------------ its genotypes
     def size(self) -> int:

@@ -6,6 +6,17 @@ Two relaxations of the discrete choice, one Cell for both:
 - GDAS (Dong and Yang 2019, eq. 3-5): one operation per edge is drawn by the Gumbel-max trick and only it runs; the
   gradient passes through the softmax at temperature tau (straight-through).
 
+Decisions in the cells while searching, where published codes differ:
+
+- batch norms have no scale and shift (affine=False, DARTS), and track running statistics so that the supernet can be
+  validated in eval mode; an architecture step does not move them (search.py);
+- pooling is followed by a batch norm (DARTS; the GDAS code and NNI have none), so that no operation wins by its scale;
+- convolutions have no bias (DARTS; AutoDL's code adds one where affine is False);
+- there is no drop-path while searching (DARTS; AutoDL's code has it);
+- the alphas, their softmax and GDAS' hard weights are never in half precision: they are parameters in float32, and
+  autocast computes a softmax in float32;
+- GDAS' noise is bounded away from infinity instead of drawn again (its code redraws on infinity or NaN).
+
 ``alphas`` are parameters of the module, so they are in its ``state_dict``; the architecture step takes
 ``torch.autograd.grad(loss, supernet.arch_parameters())``, so that a validation gradient can never reach the weights.
 """

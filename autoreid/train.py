@@ -7,6 +7,7 @@ its key stands in every result. Query and gallery are opened once, after the las
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,14 +25,13 @@ from autoreid.heads import ReIDNet
 from autoreid.loading import IMAGENET_MEAN, IMAGENET_STD, Augment, PKSampler, TrainLoader, relabel
 from autoreid.losses import batch_hard_triplet, smoothed_cross_entropy
 from autoreid.network import ModelSpec, save_weights
-from autoreid.options import changed, require
+from autoreid.options import changed, read_json, require, require_ranges
 from autoreid.runs import (
     Run,
     environment,
     key_of,
     peak_memory_bytes,
     progress,
-    read_json,
     rows_up_to,
     say,
     write_json,
@@ -82,12 +82,16 @@ class Recipe:
         require(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"0 to {self.epochs}")
         require(len(self.input) == 2 and min(self.input) >= 16, "input", "x".join(map(str, self.input)),
                 "HxW with both sides at least 16, as in 128x64")
-        require(self.lr > 0, "lr", self.lr, "above 0")
         require(self.identities >= 2 and self.images >= 2, "identities, images", (self.identities, self.images),
                 "2 or more each: a triplet needs a positive and a negative")
-        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
-        require(0 <= self.flip <= 1 and 0 <= self.erase <= 1, "flip, erase", (self.flip, self.erase), "0 to 1")
-        require(self.pad >= 0, "pad", self.pad, "0 or more pixels")
+        require_ranges(
+            self, lr=(1e-12, 1e40, "above 0"), lr_min=(0, self.lr, "from 0 to lr"), gamma=(0, 1, "from 0 to 1"),
+            momentum=(0, 0.9999, "from 0 to below 1"), weight_decay=(0, 1e6, "0 or more"),
+            ce_weight=(0, 1e6, "0 or more"), triplet_weight=(0, 1e6, "0 or more"), margin=(0, 1e6, "0 or more"),
+            label_smoothing=(0, 0.9999, "from 0 to below 1"), drop_path=(0, 0.9999, "from 0 to below 1"),
+            flip=(0, 1, "from 0 to 1"), erase=(0, 1, "from 0 to 1"), pad=(0, 4096, "0 or more pixels"),
+            clip=(0, 1e12, "0 (no clipping) or more"),
+        )
         require(self.ce_weight > 0 or self.triplet_weight > 0, "ce_weight, triplet_weight",
                 (self.ce_weight, self.triplet_weight), "at least one above 0")
 
@@ -185,7 +189,8 @@ def fit(
     nn.init.normal_(classifier.weight, std=0.001)
     parameters = [p for p in (*net.parameters(), *classifier.parameters()) if p.requires_grad]
     optimizer = make_optimizer(recipe, parameters)
-    first, seconds, curves = 0, 0.0, run.folder / "curves.csv"
+    run.open()
+    first, seconds, memory, curves = 0, 0.0, 0, run.folder / "curves.csv"
     if (state := run.load()) is not None:
         net.load_state_dict(state["net"])
         classifier.load_state_dict(state["classifier"])
@@ -193,7 +198,7 @@ def fit(
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
-        first, seconds = state["epoch"], state["seconds"]
+        first, seconds, memory = state["epoch"], state["seconds"], state["memory"]
         say(f"resumed after epoch {first} of {recipe.epochs}")
     rows = rows_up_to(curves, first) or ["epoch,loss,loss_ce,loss_triplet,lr,seconds"]
     for epoch in range(first, recipe.epochs):
@@ -217,18 +222,18 @@ def fit(
             optimizer.step()
             sums = [total + loss.item() for total, loss in zip(sums, losses, strict=True)]
         seconds += time.monotonic() - begin
+        memory = max(memory, torch.cuda.max_memory_allocated() if "cuda" in device else peak_memory_bytes())
         means = [total / len(loader) for total in sums]
         rows.append(",".join([str(epoch), *(f"{value:.6g}" for value in (*means, rate, seconds))]))
         write_text(curves, "\n".join(rows) + "\n")
         run.save({
             "net": net.state_dict(), "classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if "cuda" in device else [],
-            "epoch": epoch + 1, "seconds": seconds,
+            "epoch": epoch + 1, "seconds": seconds, "memory": memory,
         })
         left = seconds / (epoch + 1) * (recipe.epochs - epoch - 1)
         say(f"epoch {epoch + 1}/{recipe.epochs}: ce {means[1]:.3f}, triplet {means[2]:.3f}, {left:.0f} s left")
     images_seen = recipe.epochs * len(loader) * recipe.identities * recipe.images
-    memory = torch.cuda.max_memory_allocated() if "cuda" in device else peak_memory_bytes()
     return Training(recipe.epochs, seconds, images_seen / max(seconds, 1e-9), memory, device)
 
 
@@ -256,11 +261,7 @@ def retrain(
     name = name or spec.label
     folder = Path(out) / dataset
     target = folder / f"{name}-s{seed}.json"
-    if target.exists() and not overwrite:
-        if resume:
-            say(f"{target} is there already: nothing to resume")
-            return target, read_json(target, "result")
-        raise UserError(f"{target} is there already: add --overwrite to make it anew, or --out DIR or --name NAME")
+    require(bool(re.fullmatch(r"[\w.-]+", name)), "name", name, "letters, digits, '.', '_' and '-'")
     splits = data.load(dataset, root)  # names only: a missing query folder is better found before the training
     samples = splits.train
     genotype = spec.genotype.key() if spec.genotype else None  # where it came from is not the question
@@ -268,13 +269,17 @@ def retrain(
         "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
         "device": device, "train_images": len(samples),
     }
-    run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite)
+    results = (target, target.with_suffix(".safetensors"))
+    run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite, results=results)
+    if run.finished:
+        say(f"{target} is finished: nothing to resume")
+        return target, read_json(target, "result")
     torch.manual_seed(seed)
     net = spec.build(recipe.drop_path)
     training = fit(net, samples, recipe, run, seed, device, workers)
     net.eval()
     save_weights(
-        target.with_suffix(".safetensors"), net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        results[1], net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
         resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed,
     )
     result = measure(net, spec, name, splits, recipe.input, device=device, flip=flip)

@@ -60,6 +60,9 @@ BAD = [
     ({"format": "other"}, "not a genotype: format is 'other', expected 'autoreid-genotype'"),
     ({"extra": 1},
      "unknown genotype entry 'extra'; known: axis, concat, format, normal, parts, provenance, reduction, space, version"),
+    ({"concat": 5}, "genotype: concat must be a list of node numbers, got 5"),
+    ({"concat": ["a", 2]}, "genotype: concat must be a list of node numbers, got ['a', 2]"),
+    ({"provenance": [1]}, "genotype: provenance must be an object, got [1]"),
     ({"axis": "depth"}, "unknown axis 'depth'; did you mean 'width'? known: height, width"),
 ]
 
@@ -74,11 +77,14 @@ def test_faults_are_named(tmp_path, change, words):
 
 
 def test_missing_and_damaged_files(tmp_path):
-    with pytest.raises(UserError, match="no such genotype file; `autoreid search` writes one"):
+    with pytest.raises(UserError, match="none.json: no such genotype file"):
         Genotype.load(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"format": "autoreid-gen')
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="half.json: not valid JSON"):
         Genotype.load(tmp_path / "half.json")
+    (tmp_path / "latin.json").write_bytes(b'{"space": "\xe9"}')
+    with pytest.raises(UserError, match="latin.json: not valid JSON"):
+        Genotype.load(tmp_path / "latin.json")
 
 
 def test_none_is_no_operation_of_a_genotype():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoreid.errors import UserError
-from autoreid.losses import LOSSES, batch_hard_triplet, pairwise_euclidean, smoothed_cross_entropy
+from autoreid.losses import batch_hard_triplet, pairwise_euclidean, smoothed_cross_entropy
 
 
 def test_distances_are_euclidean_and_far_from_the_origin_too():
@@ -89,7 +89,3 @@ def test_smoothed_cross_entropy_by_hand():
     log_sum = math.log(math.exp(2) + 1 + math.exp(-1))
     expected = 0.7 * (log_sum - 2) + 0.1 * sum(log_sum - z for z in (2, 0, -1))  # 0.7 + 3 x 0.1
     assert smoothed_cross_entropy(logits, torch.tensor([0]), smoothing=0.3).item() == pytest.approx(expected)
-
-
-def test_the_table_holds_every_loss():
-    assert set(LOSSES) == {"batch_hard_triplet", "smoothed_cross_entropy"}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from autoreid.errors import UserError, unknown
-from autoreid.runs import Run, environment, key_of, read_json, rows_up_to, whole_file, write_json, write_text
+from autoreid.options import read_json
+from autoreid.runs import Run, environment, key_of, rows_up_to, whole_file, write_json, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -40,16 +41,17 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_read_json_names_the_fault(tmp_path):
-    with pytest.raises(UserError, match="no recipe at .*: give the path of an existing file"):
+    with pytest.raises(UserError, match="r.json: no such recipe file"):
         read_json(tmp_path / "r.json", "recipe")
     (tmp_path / "r.json").write_text("{")
-    with pytest.raises(UserError, match="is not a recipe: it is not valid JSON"):
+    with pytest.raises(UserError, match="r.json: not valid JSON"):
         read_json(tmp_path / "r.json", "recipe")
 
 
 def test_a_run_is_not_written_over_and_resumes_only_the_same_question(tmp_path):
     run = Run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)}, resume=False, overwrite=False)
-    assert run.load() is None
+    assert run.load() is None and not run.folder.exists()  # looking writes nothing
+    run.open()
     run.save({"epoch": 3, "weights": torch.ones(2)})
     with pytest.raises(UserError) as fault:
         Run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)}, resume=False, overwrite=False)
@@ -66,11 +68,13 @@ def test_a_run_is_not_written_over_and_resumes_only_the_same_question(tmp_path):
     again = Run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)}, resume=True, overwrite=False)
     assert again.load()["epoch"] == 3
     anew = Run(tmp_path / "run", {"lr": 0.2, "layers": (1, 2)}, resume=False, overwrite=True)
+    anew.open()
     assert anew.load() is None and json.loads((anew.folder / "config.json").read_text())["lr"] == 0.2
 
 
 def test_a_damaged_checkpoint_says_so(tmp_path):
     run = Run(tmp_path / "run", {}, resume=False, overwrite=False)
+    run.open()
     run.checkpoint.write_bytes(b"PK not really")
     with pytest.raises(UserError, match="cannot be read .*: it is damaged; start the run anew with --overwrite"):
         run.load()
@@ -101,3 +105,34 @@ def test_unknown_gives_the_nearest_name():
 def test_importing_the_package_needs_no_torch():
     code = "import sys, autoreid.cli, autoreid.data; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_overwriting_takes_every_old_file_away_before_the_new_question(tmp_path):
+    """A kill right after leaves no old genotype, curve or result that could pass for the new run's."""
+    result = tmp_path / "model-s0.json"
+    run = Run(tmp_path / "run", {"lr": 1}, resume=False, overwrite=False, results=[result])
+    run.open()
+    for name in Run.FILES[1:]:
+        (run.folder / name).write_text("old")
+    result.write_text("old")
+    (run.folder / ".checkpoint.pt.k3jd9a").write_text("of a killed process")
+    (run.folder / "notes.txt").write_text("the user's own")
+    Run(tmp_path / "run", {"lr": 2}, resume=False, overwrite=True, results=[result]).open()
+    assert sorted(p.name for p in run.folder.iterdir()) == ["config.json", "environment.json", "notes.txt"]
+    assert not result.exists()
+
+
+def test_a_result_without_its_run_is_not_written_over(tmp_path):
+    result = tmp_path / "model-s0.json"
+    result.write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(UserError) as fault:
+            Run(tmp_path / "run", {}, resume=resume, overwrite=False, results=[result])
+        assert str(fault.value) == (
+            f"{result} is there already: add --overwrite to make it anew, or --out DIR to write elsewhere")
+
+
+def test_a_nested_difference_is_named_alone(tmp_path):
+    Run(tmp_path, {"recipe": {"lr": 1, "pad": 2}}, resume=False, overwrite=False).open()
+    with pytest.raises(UserError, match=r"was started with recipe\.lr=1, now recipe\.lr=3: give the same options"):
+        Run(tmp_path, {"recipe": {"lr": 3, "pad": 2}}, resume=True, overwrite=False)

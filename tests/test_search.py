@@ -8,18 +8,21 @@ import pandas as pd
 import planted
 import pytest
 import torch
+from reference import batch_hard_triplet as slow_triplet
 from reference import numerical_arch_gradient
 from torch import nn
 
 from autoreid import data
 from autoreid.errors import UserError
 from autoreid.genotype import Genotype
+from autoreid.loading import load_images, normalise
 from autoreid.runs import Run
 from autoreid.search import (
     PRESETS,
     Searcher,
     SearchSettings,
     arch_step,
+    architecture_loss,
     entropy,
     find_settings,
     first_order,
@@ -28,6 +31,7 @@ from autoreid.search import (
     search,
     search_data,
     second_order,
+    statistics_untouched,
     weight_step,
 )
 from autoreid.space import SearchSpace
@@ -67,15 +71,14 @@ def test_after_an_architecture_step_no_weight_has_a_gradient_and_none_has_moved(
     searcher = Searcher(REID, settings(method=method), 4, seed=0, device="cpu")
     weight_step(searcher, batch(1))
     weights = [w.detach().clone() for w in searcher.weights]
-    buffers = [b.clone() for n, b in searcher.net.named_buffers()] if method == "darts-2" else []
+    buffers = [b.clone() for b in searcher.net.buffers()]
     alphas = [a.detach().clone() for a in searcher.net.arch_parameters()]
     arch_step(searcher, batch(1), batch(2))
     assert all(w.grad is None for w in searcher.weights)
     assert all(torch.equal(a, b) for a, b in zip(weights, searcher.weights, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(alphas, searcher.net.arch_parameters(), strict=True))
-    for before, (name, after) in zip(buffers, searcher.net.named_buffers(), strict=False):
-        if "running_mean" in name:  # the three extra passes left no trace; the validation pass may
-            assert before.shape == after.shape
+    # the running statistics, with which the supernet is validated, have seen no validation picture
+    assert all(torch.equal(a, b) for a, b in zip(buffers, searcher.net.buffers(), strict=True))
 
 
 def test_a_weight_step_does_not_move_the_alphas():
@@ -156,7 +159,9 @@ def test_second_order_restores_weights_statistics_and_random_state_exactly():
     weight_step(searcher, batch(1))
     state = {k: v.clone() for k, v in searcher.net.state_dict().items()}
     rng = torch.get_rng_state()
-    second_order(searcher, batch(1), batch(2))
+    arch_step(searcher, batch(1), batch(2))
+    for alpha, kind in zip(searcher.net.arch_parameters(), ("normal", "reduction"), strict=True):
+        alpha.data = state[f"alphas.{kind}"].clone()
     assert all(torch.equal(state[k], v) for k, v in searcher.net.state_dict().items())
     assert torch.equal(rng, torch.get_rng_state())
 
@@ -188,6 +193,9 @@ def test_the_papers_preset():
     ({"method": "drats"}, "unknown method 'drats'; did you mean 'darts'? known: darts, darts-2, gdas"),
     ({"arch_loss": "ce"}, "arch_loss=ce with split=identity: the classifier knows no identity of the validation half; "
      "add --set split=image, or use arch_loss=triplet"),
+    ({"clip": "-1"}, "clip=-1.0: allowed is 0 (no clipping) or more"),
+    ({"momentum": "2"}, "momentum=2.0: allowed is from 0 to below 1"),
+    ({"layers": "2"}, "layers=[2]: allowed is two stages or more, each with a cell"),
     ({"alpha_warmup": "200"}, "alpha_warmup=200: allowed is 0 to 199, below epochs, or the alphas would never be updated"),
     ({"epoch": "3"}, "unknown search settings field 'epoch'; did you mean 'epochs'?"),
     ({"lr": "fast"}, "lr=fast: lr must be a number (default 0.1)"),
@@ -215,14 +223,26 @@ def test_entropy_of_uniform_and_decided_edges():
 @pytest.mark.parametrize("split", ["identity", "image"])
 def test_the_two_halves(market, split):
     samples = train_samples(market)
-    halves = search_data(samples, settings(split=split), seed=0)
+    halves = search_data(samples, settings(split=split, flip=0.0, pad=0), seed=0)  # pictures as they are on disk
     assert halves.train_images + halves.val_images == len(samples)
     validation = {s.identity for s in (*halves.query, *halves.gallery)}
     assert validation <= {s.identity for s in samples}
+    seen = {}
+    for name, loader in (("train", halves.train), ("val", halves.val)):
+        pictures = [tuple(image.flatten().tolist()) for images, _ in loader.epoch(0) for image in images]
+        seen[name] = set(pictures)
+    of_path = {}
+    for sample in samples:
+        (image,) = normalise(load_images([sample], (32, 16)))
+        of_path[tuple(image.flatten().tolist())] = sample
+    train, val = ({of_path[p] for p in seen[name]} for name in ("train", "val"))
+    assert train and val and not train & val  # no picture trains the weights and the alphas
+    assert val <= {*halves.query, *halves.gallery}
+    train_ids, val_ids = ({s.identity for s in half} for half in (train, val))
     if split == "identity":
-        assert halves.identities == 5 and len(validation) <= 5
+        assert halves.classes == 5 and not train_ids & val_ids
     else:
-        assert halves.identities == 10
+        assert halves.classes == 10 and train_ids & val_ids
 
 
 def test_a_dataset_of_one_camera_says_what_is_missing(tmp_path):
@@ -262,6 +282,34 @@ def test_a_search_records_itself(market, tmp_path, method):
     assert summary["device_hours"] > 0 and summary["peak_memory_bytes"] > 1e6 and summary["genotype"] == written.key()
 
 
+@pytest.mark.parametrize("name", ["triplet", "retrieval", "ce"])
+def test_the_architecture_losses_are_their_formulas(name):
+    searcher = Searcher(TOY, settings(split="image", arch_loss=name, dropout=0.0, ce_weight=0.3), 4, 0, "cpu")
+    images, labels = batch(2)
+    with statistics_untouched(searcher.net):
+        features = searcher.net(images, searcher.net.softmax_weights())
+        got = architecture_loss(searcher, (images, labels)).item()
+    ce = nn.functional.cross_entropy(searcher.classifier(features), labels).item()
+    triplet = slow_triplet(features.tolist(), labels.tolist(), 0.3)
+    expected = {"triplet": triplet, "ce": ce, "retrieval": 0.3 * ce + 0.7 * triplet}[name]
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_clipping_and_decay_of_one_step():
+    """A step of SGD without momentum moves the weights by lr * clip when the gradient is longer than clip; Adam's
+    decay reaches the alphas."""
+    def moved(clip: float) -> float:
+        searcher = Searcher(TOY, settings(clip=clip, weight_decay=0.0, lr=0.5), 4, 0, "cpu")
+        before = [w.detach().clone() for w in searcher.weights]
+        weight_step(searcher, batch(1))
+        return torch.cat([(a - b).flatten() for a, b in zip(before, searcher.weights, strict=True)]).norm().item()
+
+    assert moved(0.01) == pytest.approx(0.5 * 0.01, rel=1e-3)
+    assert moved(0.0) > 0.5 * 0.1  # 0: none
+    groups = Searcher(TOY, settings(alpha_weight_decay=0.25, alpha_beta1=0.3), 4, 0, "cpu").alpha_optimizer.param_groups
+    assert groups[0]["weight_decay"] == 0.25 and groups[0]["betas"] == (0.3, 0.999)
+
+
 @pytest.mark.parametrize("loss", ["triplet", "retrieval", "ce"])
 def test_every_architecture_loss_runs_with_the_image_split(market, tmp_path, loss):
     run = Run(tmp_path / loss, {}, resume=False, overwrite=False)
@@ -269,7 +317,7 @@ def test_every_architecture_loss_runs_with_the_image_split(market, tmp_path, los
 
 
 def test_query_and_gallery_are_never_opened(market, tmp_path, monkeypatch):
-    """They are deleted before the second epoch; the search neither notices nor ever lists them."""
+    """They are deleted before the first epoch; the search neither notices nor ever lists them."""
     copy = tmp_path / "copy"
     shutil.copytree(market, copy)
     samples = data.load("market", copy, parts=("train",)).train

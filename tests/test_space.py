@@ -69,6 +69,10 @@ def test_a_mutation_changes_exactly_one_thing():
     ({"name": "x", "operations": ["identity", "conv"]},
      "unknown operation in search space x 'conv'; known: avg_pool_3x3, dil_conv_3x3, dil_conv_5x5, identity, "
      "max_pool_3x3, none, part_aware, sep_conv_3x3, sep_conv_5x5"),
+    (5, "search space: must be a JSON object, got 5"),
+    ({"name": "x", "operations": 5}, "search space: operations must be a list of names, got 5"),
+    ({"name": "a/b", "operations": ["identity", "sep_conv_3x3"]},
+     "search space: name is 'a/b'; allowed: letters, digits, '.', '_' and '-'"),
     ({"name": "x", "operations": ["identity", "sep_conv_3x3"], "depth": 3},
      "unknown search space entry 'depth'; known: axis, name, nodes, operations, parts, source"),
 ])

@@ -11,6 +11,7 @@ from torch import nn
 
 from autoreid import data
 from autoreid.errors import UserError
+from autoreid.loading import Augment
 from autoreid.network import find_model, load_weights
 from autoreid.runs import Run
 from autoreid.train import RECIPES, Recipe, find_recipe, fit, make_optimizer, retrain, training_loss
@@ -55,7 +56,11 @@ def test_the_key_changes_with_every_field():
     ("default", {"epochs": "0"}, "epochs=0: allowed is 1 or more"),
     ("default", {"optimizer": "sdg"}, "unknown optimizer 'sdg'; did you mean 'sgd'? known: adam, adamw, sgd"),
     ("default", {"margn": "1"}, "unknown recipe field 'margn'; did you mean 'margin'?"),
-    ("default", {"flip": "2"}, "flip, erase=(2.0, 0.5): allowed is 0 to 1"),
+    ("default", {"flip": "2"}, "flip=2.0: allowed is from 0 to 1"),
+    ("default", {"clip": "-1"}, "clip=-1.0: allowed is 0 (no clipping) or more"),
+    ("default", {"margin": "nan"}, "margin=nan: margin must be a number (default 0.3)"),
+    ("default", {"milestones": "x"}, "milestones=x: milestones must be whole numbers as in 2,2,2,2 (default (40, 50))"),
+    ("default", {"drop_path": "2"}, "drop_path=2.0: allowed is from 0 to below 1"),
     ("fast", {}, "unknown recipe 'fast'; known: PATH/recipe.json, autoreid-iccv19, default, demo, drawn"),
 ])
 def test_mistakes_are_named(name, changes, words):
@@ -69,6 +74,11 @@ def test_a_recipe_file(tmp_path):
     path.write_text(json.dumps({"epochs": 5, "warmup_epochs": 1, "input": [64, 32]}))
     recipe = find_recipe(str(path), {"lr": "0.5"})
     assert (recipe.epochs, recipe.input, recipe.lr) == (5, (64, 32), 0.5)
+    for fields, words in (({"input": 5}, "input=5: input must be whole numbers"), ({"lr": None}, "lr=None: lr must be")):
+        path.write_text(json.dumps(fields))
+        with pytest.raises(UserError) as fault:
+            find_recipe(str(path))
+        assert str(fault.value).startswith(f"{path}: {words}")
     path.write_text(json.dumps({"epoch": 5}))
     with pytest.raises(UserError) as fault:
         find_recipe(str(path))
@@ -119,6 +129,27 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(market, tmp_pa
     assert curves[0] == curves[1] != curves[2]
 
 
+def test_the_recipes_augmentation_and_clipping_reach_the_loop(market, tmp_path, monkeypatch):
+    import autoreid.train
+
+    samples, seen = data.load("market", market, parts=("train",)).train, {}
+    loader, clip = autoreid.train.TrainLoader, autoreid.train.nn.utils.clip_grad_norm_
+
+    def watched(samples, labels, size, sampler, augment, *rest):
+        seen.update(size=size, augment=augment, seed=rest[0], batch=len(sampler.batches(0)[0]))
+        return loader(samples, labels, size, sampler, augment, *rest)
+
+    def clipped(parameters, norm):
+        seen["clip"] = norm
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(autoreid.train, "TrainLoader", watched)
+    monkeypatch.setattr(autoreid.train.nn.utils, "clip_grad_norm_", clipped)
+    recipe = replace(SMALL, epochs=1, flip=0.25, pad=3, erase=0.75, clip=0.5)
+    fit(find_model("resnet18", MODEL).build(), samples, recipe, run(tmp_path), seed=7)
+    assert seen == {"size": (32, 16), "augment": Augment(0.25, 3, 0.75), "seed": 7, "batch": 12, "clip": 0.5}
+
+
 def test_a_diverging_training_says_so(market, tmp_path):
     samples = data.load("market", market, parts=("train",)).train
     with pytest.raises(UserError, match=r"training diverged in epoch \d+: the loss is (nan|inf); lower the learning rate"):
@@ -149,7 +180,12 @@ def test_a_result_has_the_contracts_fields_and_its_weights_give_its_figures(mark
 
     with pytest.raises(UserError) as fault:
         retrain(spec, "market", SMALL, tmp_path, root=str(market), seed=3)
-    assert str(fault.value) == f"{path} is there already: add --overwrite to make it anew, or --out DIR or --name NAME"
+    assert str(fault.value) == (
+        f"{path.with_suffix('')} already holds a finished run: add --resume to go on with it, --overwrite to start it "
+        "anew, or --out DIR to write elsewhere")
+    assert retrain(spec, "market", SMALL, tmp_path, root=str(market), seed=3, resume=True) == (path, result)
+    with pytest.raises(UserError, match=r"was started with recipe\.lr=0\.02, now recipe\.lr=0\.5"):
+        retrain(spec, "market", replace(SMALL, lr=0.5), tmp_path, root=str(market), seed=3, resume=True)
 
 
 def test_the_papers_recipe():
