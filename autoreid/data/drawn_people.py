@@ -387,18 +387,11 @@ def shoot(figure: Figure, camera: Camera, walk: Walk, nuisance: Nuisance, rng: n
           camera.pitch)
     over, cover, parts = scene.reduce(canvas.rgb, canvas.alpha, canvas.part, SUPER)
     image = image * (1 - cover)[..., None] + over
-    mask = cover > 0.5
-    whole = max(1, int(mask.sum()))
-    if rng.random() < nuisance.shadow:
-        scene.cast_shadow(image, rng)
-    if rng.random() < nuisance.occlusion:
-        hidden = scene.occlude(image, rng)
-        mask &= ~hidden
-        parts = np.where(hidden, 0, parts)
+    mask, parts, hidden = scene.disturb(image, cover > 0.5, parts, nuisance, rng)
     exposure = walk.exposure + rng.normal() * 0.22 * nuisance.jitter
     truth = {"yaw": round(float(np.degrees(yaw)) % 360, 1), "phase": round(float(phase), 2),
              "scale": round(float(scale), 3), "shift_x": round(float(shift[0]), 1),
-             "shift_y": round(float(shift[1]), 1), "occluded": round(1 - int(mask.sum()) / whole, 3),
+             "shift_y": round(float(shift[1]), 1), "occluded": round(hidden, 3),
              "visible": "+".join(_visible(figure.person, yaw, parts))}
     return Picture(scene.photograph(image, camera, exposure, rng), mask, parts[::2, ::2], camera.quality, truth)
 

@@ -229,6 +229,23 @@ def crop(camera: Camera, x: float, y: float, height: int, width: int) -> np.ndar
     return camera.panorama[top:top + height, left:left + width].copy()
 
 
+def disturb(
+    image: np.ndarray, mask: np.ndarray, parts: np.ndarray, nuisance: Nuisance, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """A cast shadow and an occluder over ``image`` (changed in place), each as often as ``nuisance`` says.
+
+    ``mask`` (H x W bool) is the subject, ``parts`` (H x W) its part numbers. Returns what of both is still seen, and
+    the fraction of the subject that is hidden.
+    """
+    whole = max(1, int(mask.sum()))
+    if rng.random() < nuisance.shadow:
+        cast_shadow(image, rng)
+    if rng.random() < nuisance.occlusion:
+        hidden = occlude(image, rng)
+        mask, parts = mask & ~hidden, np.where(hidden, 0, parts)
+    return mask, parts, 1 - int(mask.sum()) / whole
+
+
 def occlude(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Paint one thing in front of the subject, in place, and return where it is (H x W bool)."""
     height, width = image.shape[:2]
