@@ -1,0 +1,82 @@
+"""What is recorded in the repository agrees with itself, with today's code and with the README."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from autoreid.compare import count, paired, percent, read_results, table
+from autoreid.genotype import Genotype
+from autoreid.network import find_model, parameters
+from autoreid.space import SearchSpace
+from autoreid.supernet import derive_cell
+from autoreid.train import find_recipe
+
+ROOT = Path(__file__).parent.parent
+SEARCH = ROOT / "searches" / "drawn-people-reid-darts-s0"
+RESULTS = ROOT / "results" / "drawn-people"
+
+
+def test_the_recorded_genotype_follows_from_the_recorded_alphas():
+    space, genotype = SearchSpace.load("reid"), Genotype.load(SEARCH / "genotype.json")
+    rows = list(csv.DictReader((SEARCH / "alphas.csv").open()))
+    last = max(int(row["epoch"]) for row in rows)
+    for kind in ("normal", "reduction"):
+        weights = [float(r["weight"]) for r in rows if int(r["epoch"]) == last and r["cell"] == kind]
+        matrix = [weights[i : i + 7] for i in range(0, len(weights), 7)]
+        assert derive_cell(space, matrix) == getattr(genotype, kind)
+    assert json.loads((SEARCH / "summary.json").read_text())["genotype"] == genotype.key()
+
+
+def test_the_results_are_of_todays_recipe_and_networks():
+    results = read_results(RESULTS)
+    assert {r["recipe"] for r in results} == {find_recipe("drawn").key()}
+    searched = SEARCH / "genotype.json"
+    specs = {
+        "drawn-people-reid-darts-s0": find_model(str(searched)),
+        "random-reid-g0": find_model("random-reid", match=searched),
+        "random-reid-g1": find_model("random-reid", {"genotype_seed": 1}, match=searched),
+        "resnet18-stem3-width6": find_model("resnet18", {"stem": 3}, match=searched),
+    }
+    for result in results:
+        assert result["params"] == parameters(specs[result["model"]].build()), result["model"]
+        assert result["environment"]["commit"] and result["environment"]["command"].startswith("autoreid retrain")
+    assert {(r["model"], r["seed"]) for r in results} == {(name, seed) for name in specs for seed in (0, 1, 2)}
+
+
+def test_the_readme_quotes_the_records():
+    readme, results = (ROOT / "README.md").read_text(), read_results(RESULTS)
+    for row in table(results).to_dict("records"):
+        figures = (
+            f"({row['model']}) | {count(row['params'])} | {count(row['macs'])} | "
+            f"{percent(row['mAP_mean'], row['mAP_std'])} | {percent(row['rank1_mean'], row['rank1_std'])} |"
+        )
+        assert figures in readme
+    text = " ".join(readme.split())
+    for other, words in (
+        ("random-reid-g0", "{:+.1f} ± {:.1f} and"), ("random-reid-g1", "{:+.1f} ± {:.1f} points"),
+        ("resnet18-stem3-width6", "({:+.1f} ± {:.1f})"),
+    ):
+        gain = paired(results, "drawn-people-reid-darts-s0", other)
+        assert words.format(100 * gain["mean"], 100 * gain["std"]) in text
+    summary = json.loads((SEARCH / "summary.json").read_text())
+    assert f"{summary['device_hours']:.2f} CPU-hours and {summary['peak_memory_bytes'] / 2**30:.2f} GiB" in text
+
+
+def test_the_readme_quotes_the_drawn_datas_difficulty():
+    readme = (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "results" / "benchmarks" / "drawn_difficulty.json").read_text())["rows"]
+    means = {(r["data"], r["name"]): r for r in rows if "seed" not in r}
+    for name in ("plain, mean of 3 seeds", "part (4 stripes), mean of 3 seeds", "part minus plain, paired by seed"):
+        people, vehicles = (means[kind, name] for kind in ("people", "vehicles"))
+        cells = [percent(row["mAP"], row["sd"]) for row in (people, vehicles)]
+        assert f"| {cells[0]} | {cells[1]} |" in readme
+    background = [r["mAP"] for r in rows if r.get("tested_on") in ("no_box", "no_silhouette")]
+    chance = means["people", "chance (random features, 10 draws)"]["mAP"]
+    assert max(background) < 1.5 * chance and f"| {100 * max(background):.1f} | not measured |" in readme
+    for histogram in ("RGB histogram", "6-stripe histogram", "6-stripe grey-world histogram"):
+        assert all(means[kind, histogram]["mAP"] < 0.1 for kind in ("people", "vehicles"))
+    assert 0.2 < means["people", "plain, mean of 3 seeds"]["mAP"] < 0.6
+    gain = means["people", "part minus plain, paired by seed"]
+    assert gain["mAP"] == pytest.approx(sum(gain["gains"]) / 3) and min(gain["gains"]) > gain["sd"]
