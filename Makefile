@@ -26,7 +26,9 @@ lint: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	@echo "installing PyTorch and the rest into $(VENV): a few minutes"
+# compat: a plain path, so that Python run from the clone's parent folder finds the package, not the clone
+	$(BIN)/pip install --quiet --editable ".[dev]" --config-settings editable_mode=compat
 	touch $@
 
 clean:

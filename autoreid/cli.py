@@ -32,6 +32,14 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", _Formatter)
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse's, but an option this command does not have is named here, with the nearest it has."""
+        found, rest = super().parse_known_args(args, namespace)
+        for word in rest:
+            if word.startswith("-"):
+                raise unknown(f"option of {self.prog}", word.split("=")[0], self._option_string_actions)
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
@@ -72,13 +80,13 @@ def _dataset(p: Parser, positional: bool = False) -> None:
 
 def _running(p: Parser, out: str) -> None:
     p.add_argument("--out", metavar="DIR", default=out, help="where to write")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted run, to the same end")
     p.add_argument("--overwrite", action="store_true", help="start anew where a run or result lies already")
 
 
 def _seed(p: Parser) -> None:
-    p.add_argument("--seed", type=whole, default=0, metavar="N", help="of everything that is drawn")
+    p.add_argument("--seed", type=whole, default=0, metavar="N", help="of all random choices (not of the drawn data)")
 
 
 def _training(p: Parser) -> None:
@@ -87,7 +95,7 @@ def _training(p: Parser) -> None:
     p.add_argument("--epochs", type=int, metavar="N", help="instead of the preset's or recipe's")
     p.add_argument("--input", type=size, metavar="HxW", help="picture size, instead of the preset's or recipe's")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-                   help="any other field (repeat it for several)")
+                   help="any other field, repeated for several; a KEY that is none lists them all")
 
 
 def _json(p: Parser) -> None:
@@ -125,8 +133,8 @@ def build_parser() -> Parser:
     p.add_argument("--method", metavar="NAME", help="darts (first order), darts-2 (second order) or gdas; default darts")
     p.add_argument("--preset", metavar="NAME", help="default, autoreid-iccv19, drawn or demo; default: drawn for drawn "
                    "data, default for all other")
-    p.add_argument("--arch-loss", metavar="NAME", help="of the alphas: triplet, retrieval or ce (the last two need "
-                   "--set split=image)")
+    p.add_argument("--arch-loss", metavar="NAME", help="what updates the architecture weights: triplet, retrieval or ce "
+                   "(the last two need --set split=image); default triplet")
     _training(p)
     _running(p, "searches")
     _json(p)
@@ -138,7 +146,7 @@ def build_parser() -> Parser:
     p.add_argument("--recipe", metavar="NAME|FILE", help="default, autoreid-iccv19, drawn, demo or a JSON file; default: "
                    "drawn for drawn data, default for all other")
     p.add_argument("--match", metavar="GENOTYPE.json", help="build the model in the size of this searched one")
-    p.add_argument("--name", help="of the result, instead of the model's")
+    p.add_argument("--name", help="what to call the result, instead of the model's name")
     p.add_argument("--flip", action="store_true", help="evaluate with the mirror image averaged in")
     _training(p)
     _running(p, "results")
@@ -152,7 +160,7 @@ def build_parser() -> Parser:
     p.add_argument("--flip", action="store_true", help="average in the mirror image")
     p.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking (not here yet: it comes with the issue "
                    "'Real datasets, honest protocols, and the fastest exact evaluation there is')")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--out", metavar="FILE", help="also write the result JSON here")
     p.add_argument("--overwrite", action="store_true", help="replace the file at --out")
     _json(p)
@@ -168,10 +176,10 @@ def build_parser() -> Parser:
     p = command("cost", "parameters, MACs, activation memory and latency of models",
                 "autoreid cost darts-v2 resnet50 --input 384x128", cost)
     p.add_argument("models", nargs="*", metavar="MODEL|GENOTYPE.json", help="default: every named model")
-    p.add_argument("--input", type=size, default=[256, 128], metavar="HxW", help="picture size")
+    p.add_argument("--input", type=size, default="256x128", metavar="HxW", help="picture size")
     p.add_argument("--match", metavar="GENOTYPE.json", help="build the models in the size of this searched one")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="a model's option")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--no-latency", action="store_true", help="count only: nothing is run")
     _json(p)
 
@@ -196,7 +204,9 @@ def demo(args: argparse.Namespace) -> None:
     text = run_demo(Path(args.out), args.seed, _device(args.device), args.resume, args.overwrite)
     print(f"{text}\none seed: this shows that the job runs, not which network is better\n"
           f"Pareto fronts: {Path(args.out) / 'results' / 'drawn-people-tiny' / 'pareto.png'}")
-    say("five times the data, then several seeds, say more:")
+    picture = Path(args.out) / "searches" / f"drawn-people-tiny-reid-darts-s{args.seed}" / "genotype.png"
+    say(f"searched cell: {picture}")
+    say("five times the data, about 15 minutes on two cores:")
     _next("autoreid search --dataset drawn-people")
 
 
@@ -363,11 +373,16 @@ def _figures(args: argparse.Namespace, figures: Any, text: str) -> None:
 
 
 def _next(text: str) -> None:
-    """The next sensible command, as it can be pasted: with the path of the program where it is not on the PATH."""
+    """The next sensible command."""
+    say(f"next: {_pastable(text)}")
+
+
+def _pastable(text: str) -> str:
+    """A command that begins with autoreid, with the path of the program where it is not on the PATH."""
     program = Path(sys.argv[0])
     if shutil.which("autoreid") is None and program.name == "autoreid":
-        text = text.replace("autoreid", os.path.relpath(program), 1)
-    say(f"next: {text}")
+        return text.replace("autoreid", os.path.relpath(program), 1)
+    return text
 
 
 def _root(args: argparse.Namespace) -> str:
@@ -376,10 +391,11 @@ def _root(args: argparse.Namespace) -> str:
 
 def _metrics_line(result: dict[str, Any]) -> str:
     cmc, queries = result["cmc"], result["queries"]
+    how = f" ({result['protocol']}, flip {'on' if result['flip'] else 'off'})" if "flip" in result else ""
     return (
         f"mAP {100 * result['mAP']:.1f} %, rank-1 {100 * cmc['1']:.1f} %, rank-5 {100 * cmc['5']:.1f} %, rank-10 "
         f"{100 * cmc['10']:.1f} %, mINP {100 * result['mINP']:.1f} %, trapezoid mAP {100 * result['mAP_trapezoid']:.1f} "
-        f"%, {queries['scored']} of {queries['total']} queries scored"
+        f"%, {queries['scored']} of {queries['total']} queries scored{how}"
     )
 
 
@@ -440,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except KeyboardInterrupt:
         again = shlex.join(["autoreid", *(a for a in argv if a not in ("--resume", "--overwrite")), "--resume"])
-        say(f"interrupted; nothing written is lost, go on with: {again}" if argv and argv[0] in
+        say(f"interrupted; nothing written is lost, go on with: {_pastable(again)}" if argv and argv[0] in
             ("demo", "search", "retrain") else "interrupted")
         return 130
     except UserError as fault:

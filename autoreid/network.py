@@ -147,6 +147,8 @@ def find_model(
     ``match`` is a searched ``genotype.json`` to be compared with: a genotype is then built in *its* size, and a
     backbone with a ``width`` as wide as brings its parameters nearest.
     """
+    if (Path(name) / "genotype.json").is_file():  # the folder of a search stands for its genotype
+        name = str(Path(name) / "genotype.json")
     options, genotype, label = dict(options or {}), None, name
     if name.endswith(".json"):
         genotype = Genotype.load(name)
@@ -242,7 +244,9 @@ def load_weights(path: str | Path) -> tuple[ReIDNet, dict[str, Any]]:
             header = json.loads((file.metadata() or {}).get("autoreid", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as fault:
-        raise UserError(f"{path} is not a safetensors file ({fault})") from None
+        raise UserError(
+            f"{path} is not a safetensors file ({fault}); give the .safetensors that `autoreid retrain` wrote"
+        ) from None
     if header.get("format") != "autoreid-weights":
         raise UserError(f"{path} was not written by autoreid: its metadata do not say how to build the network")
     net = ModelSpec.from_dict(header["model"]).build()

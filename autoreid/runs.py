@@ -160,15 +160,16 @@ class Run:
             self._refuse_another_question(read_json(self._config, "run configuration"))
         elif not overwrite:
             there = next((path for path in (self._config, *self.results) if path.exists()), None)
+            name = " or --name NAME" if self.results else ""
             if there == self._config:
                 state = "a finished" if self.summary.exists() else "an unfinished"
                 raise UserError(
                     f"{self.folder} already holds {state} run: add --resume to go on with it, "
-                    f"--overwrite to start it anew, or --out DIR to write elsewhere"
+                    f"--overwrite to start it anew, or write elsewhere with --out DIR{name}"
                 )
             if there:
                 raise UserError(
-                    f"{there} is there already: add --overwrite to make it anew, or --out DIR to write elsewhere"
+                    f"{there} is there already: add --overwrite to make it anew, or write elsewhere with --out DIR{name}"
                 )
 
     @classmethod

@@ -449,6 +449,8 @@ def search(
         searcher.load(state["searcher"])
         first, seconds, memory = state["epoch"], state["seconds"], state["memory"]
         say(f"resumed after epoch {first} of {settings.epochs}")
+    elif run.resumes:
+        say("no epoch was finished: starting with the first")
     rows = rows_up_to(curves, first) or [
         "epoch,loss_ce,loss_triplet,loss_alpha,val_mAP,val_rank1,entropy_normal,entropy_reduction,tau,lr,seconds,"
         "memory_bytes"

@@ -200,6 +200,8 @@ def fit(
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         first, seconds, memory = state["epoch"], state["seconds"], state["memory"]
         say(f"resumed after epoch {first} of {recipe.epochs}")
+    elif run.resumes:
+        say("no epoch was finished: starting with the first")
     rows = rows_up_to(curves, first) or ["epoch,loss,loss_ce,loss_triplet,lr,seconds"]
     for epoch in range(first, recipe.epochs):
         begin = time.monotonic()

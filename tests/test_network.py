@@ -107,7 +107,7 @@ def test_a_searched_genotype_is_built_in_the_size_its_search_recorded(tmp_path):
     assert spec.label == "drawn-reid-gdas-s0"
     assert spec.build().backbone.channels == 12 * 2 * 4
     assert find_model(str(path), {"channels": "6"}).build().backbone.channels == 6 * 2 * 4
-    assert find_model("random-reid", match=path).backbone == {"channels": 12, "layers": [1, 1], "stem": "half"}
+    assert find_model("random-reid", match=path).backbone == {"channels": 12, "layers": (1, 1), "stem": "half"}
 
 
 def test_matching_width_is_the_nearest(tmp_path):
@@ -136,8 +136,9 @@ def test_mistakes_are_named(name, options, words):
 @pytest.mark.parametrize(("option", "words"), [
     ({"stem": "none"}, "unknown stem 'none'; known: conv, half, pool"),
     ({"pooling": "gme"}, "unknown pooling 'gme'; did you mean 'gem'? known: average, gem, max"),
-    ({"channels": "1"}, "channels=1, layers=[2, 2, 2, 2]: channels must be at least 2 and every stage needs a cell, as "
-     "in channels=64, layers=2,2,2,2"),
+    ({"channels": "1"}, "channels=1: allowed is 2 or more"),
+    ({"layers": "2,0"}, "channels=64, layers=[2, 0]: channels must be at least 2 and every stage needs a cell, as in "
+     "channels=64, layers=2,2,2,2"),
 ])
 def test_bad_sizes_are_named(option, words):
     with pytest.raises(UserError) as fault:

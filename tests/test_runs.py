@@ -57,7 +57,7 @@ def test_a_run_is_not_written_over_and_resumes_only_the_same_question(tmp_path):
         Run(tmp_path / "run", {"lr": 0.1, "layers": (1, 2)}, resume=False, overwrite=False)
     assert str(fault.value) == (
         f"{tmp_path / 'run'} already holds an unfinished run: add --resume to go on with it, --overwrite to start it "
-        "anew, or --out DIR to write elsewhere"
+        "anew, or write elsewhere with --out DIR"
     )
     with pytest.raises(UserError) as fault:
         Run(tmp_path / "run", {"lr": 0.2, "layers": (1, 2)}, resume=True, overwrite=False)
@@ -129,7 +129,7 @@ def test_a_result_without_its_run_is_not_written_over(tmp_path):
         with pytest.raises(UserError) as fault:
             Run(tmp_path / "run", {}, resume=resume, overwrite=False, results=[result])
         assert str(fault.value) == (
-            f"{result} is there already: add --overwrite to make it anew, or --out DIR to write elsewhere")
+            f"{result} is there already: add --overwrite to make it anew, or write elsewhere with --out DIR or --name NAME")
 
 
 def test_a_nested_difference_is_named_alone(tmp_path):

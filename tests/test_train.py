@@ -182,7 +182,7 @@ def test_a_result_has_the_contracts_fields_and_its_weights_give_its_figures(mark
         retrain(spec, "market", SMALL, tmp_path, root=str(market), seed=3)
     assert str(fault.value) == (
         f"{path.with_suffix('')} already holds a finished run: add --resume to go on with it, --overwrite to start it "
-        "anew, or --out DIR to write elsewhere")
+        "anew, or write elsewhere with --out DIR or --name NAME")
     assert retrain(spec, "market", SMALL, tmp_path, root=str(market), seed=3, resume=True) == (path, result)
     with pytest.raises(UserError, match=r"was started with recipe\.lr=0\.02, now recipe\.lr=0\.5"):
         retrain(spec, "market", replace(SMALL, lr=0.5), tmp_path, root=str(market), seed=3, resume=True)

@@ -156,7 +156,7 @@ def describe(report: Mapping) -> str:
     lines = [f"{report['title']} in {report['folder']}", f"{'':9}" + "".join(f"{name:>13}" for name in names)]
     lines += [f"{part:9}" + "".join(f"{count[name]:>13,}" for name in names) for part, count in report["splits"].items()]
     lines += [f"{line}; unpack the archive again, unless this is a subset on purpose" for line in report["differs"]]
-    lines += [f"problem: {line}" for line in report["problems"]] or ["no problem found"]
+    lines += [f"problem: {line}" for line in report["problems"]] or ["every file can be read, no problem found"]
     return "\n".join(lines)
 
 
@@ -173,13 +173,14 @@ def _locate(name: str, root: str | os.PathLike[str] | None, parts: Sequence[str]
         from autoreid.data import drawn  # here, so that real datasets need no drawing code
 
         kind, size = dataset.drawn
-        return dataset, os.path.abspath(drawn.ensure(kind, size, root=root))
+        where = None if root is None else os.path.expanduser(root)
+        return dataset, os.path.abspath(drawn.ensure(kind, size, root=where))
     if root is None:
         raise UserError(
-            f"dataset '{name}' needs --root DIR: the folder that holds {layout.FOLDERS[1]}, or that folder itself; "
+            f"dataset '{name}' needs --root DIR: the folder that holds {_usual(layout)}, or that folder itself; "
             f"to try without files use --dataset {_stand_in(layout)}"
         )
-    base = os.path.abspath(root)
+    base = os.path.abspath(os.path.expanduser(root))  # neither Python nor --root=~/data expands it
     candidates = [os.path.join(base, *folder.split("/")) for folder in layout.FOLDERS] + [base]
     wanted = [layout.PARTS[part] for part in parts] or list(layout.PARTS.values())
     # The folder with most of what is wanted; where none has any, one with another part, for a better message.
@@ -190,12 +191,18 @@ def _locate(name: str, root: str | os.PathLike[str] | None, parts: Sequence[str]
     raise UserError(
         f"dataset '{name}' is not under {base}{'' if os.path.isdir(base) else ' (no such folder)'}: looked there and "
         f"in its {', '.join(layout.FOLDERS)} for the folders {', '.join(layout.PARTS.values())}; "
-        f"give --root the folder that holds {layout.FOLDERS[1]}, or that folder itself"
+        f"give --root the folder that holds {_usual(layout)}, or that folder itself"
     )
 
 
+def _usual(layout: Layout) -> str:
+    """The dataset's own folder name: the first that is not inside another."""
+    return next(folder for folder in layout.FOLDERS if "/" not in folder)
+
+
 def _stand_in(layout: Layout) -> str:
-    return next(name for name, dataset in DATASETS.items() if dataset.drawn and dataset.layout is layout)
+    alike = (name for name, dataset in DATASETS.items() if dataset.drawn and dataset.layout is layout)
+    return next(alike, "drawn-people")
 
 
 def _read(layout: Layout, folder: str, part: str) -> tuple[list[Sample], list[str]]:
@@ -291,7 +298,7 @@ def _unreadable(paths: list[str]) -> list[str]:
 def _differs(layout: Layout, splits: dict[str, dict[str, int]]) -> list[str]:
     lines = []
     for part, counts in splits.items():
-        for what, official in (("images", layout.IMAGES[part]), ("identities", layout.IDENTITIES[part])):
-            if counts[what] != official:
+        for what, official in (("images", layout.IMAGES.get(part)), ("identities", layout.IDENTITIES.get(part))):
+            if official is not None and counts[what] != official:
                 lines.append(f"{part}: {counts[what]:,} {what} differs from the official {official:,}")
     return lines
