@@ -263,7 +263,9 @@ def test_a_disk_that_fills_up_keeps_what_was_written(capsys, tmp_path, market, m
 # ---------------------------------------------------------------------------------------- killed, interrupted, resumed
 def start(*argv: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "autoreid", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            # a suite started in the background by a shell inherits an ignored Ctrl-C
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for(process: subprocess.Popen, ready) -> None:

@@ -119,7 +119,7 @@ def test_drawn_sets_are_drawn_and_then_read_like_the_real_ones(tmp_path, monkeyp
     names = [name for name in DATASETS if name.startswith("drawn-")]
     assert [load(name, root=tmp_path).protocol for name in names] == ["market1501"] * 3 + ["veri"] * 3
     sizes = ["small", "tiny", "market"]
-    assert asked == [(kind, size, tmp_path) for kind in ("people", "vehicles") for size in sizes]
+    assert asked == [(kind, size, str(tmp_path)) for kind in ("people", "vehicles") for size in sizes]
     assert check("drawn-people-tiny")["differs"] == []  # no official counts to differ from
 
 
