@@ -1,4 +1,4 @@
-"""A module imports only from the layers above its own (LAYERS, top first); no file is called by a word that says nothing."""
+"""A module imports only from the layers above its own (LAYERS, top first); no file has a name that says nothing."""
 
 import ast
 from pathlib import Path
