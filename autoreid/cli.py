@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from autoreid.errors import UserError, unknown
+from autoreid.recipe import RECIPES
 from autoreid.runs import say
 from autoreid.version import __version__
 
-COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "tune", "compare")
+COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "density", "tune", "compare")
 GLOBAL_OPTIONS = ("-h", "--help", "--version")
 
 
@@ -98,6 +99,12 @@ def _training(p: Parser) -> None:
                    help="any other field, repeated for several; a KEY that is none lists them all")
 
 
+def _views(p: Parser, default: str) -> None:
+    p.add_argument("--flip", action="store_true", help="average in the mirror image: --views 2")
+    p.add_argument("--views", type=whole, metavar="N", help="of a picture, whose features are averaged: 1, 2 (its mirror "
+                   f"image too) or 10 (five crops, mirrored); default {default}")
+
+
 def _json(p: Parser) -> None:
     p.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
 
@@ -143,11 +150,14 @@ def build_parser() -> Parser:
                 "autoreid retrain searches/market-reid-gdas-s0/genotype.json --dataset market --root ~/data", retrain)
     p.add_argument("model", metavar="GENOTYPE.json|MODEL", help="a searched genotype, or a name that `autoreid cost` lists")
     _dataset(p)
-    p.add_argument("--recipe", metavar="NAME|FILE", help="default, autoreid-iccv19, drawn, demo or a JSON file; default: "
-                   "drawn for drawn data, default for all other")
+    p.add_argument("--recipe", metavar="NAME|FILE", help=f"one of {', '.join(RECIPES)}, or a JSON file of its fields; "
+                   "default: drawn for drawn data, default for all other; a model's own paper is best followed with its "
+                   "own, a comparison needs a shared one")
+    p.add_argument("--init", metavar="scratch|imagenet|FILE", default="scratch", help="start from torchvision's ImageNet "
+                   "weights, downloaded or already on this machine, or from a file of such weights")
     p.add_argument("--match", metavar="GENOTYPE.json", help="build the model in the size of this searched one")
     p.add_argument("--name", help="what to call the result, instead of the model's name")
-    p.add_argument("--flip", action="store_true", help="evaluate with the mirror image averaged in")
+    _views(p, "the recipe's, mostly 1")
     _training(p)
     _running(p, "results")
     _json(p)
@@ -157,7 +167,7 @@ def build_parser() -> Parser:
     p.add_argument("weights", metavar="WEIGHTS", help="a .safetensors file that retrain wrote")
     _dataset(p)
     p.add_argument("--protocol", metavar="NAME", help="market1501, veri or plain; default the dataset's own")
-    p.add_argument("--flip", action="store_true", help="average in the mirror image")
+    _views(p, "1")
     p.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking (not here yet: it comes with the issue "
                    "'Real datasets, honest protocols, and the fastest exact evaluation there is')")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
@@ -181,6 +191,19 @@ def build_parser() -> Parser:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="a model's option")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--no-latency", action="store_true", help="count only: nothing is run")
+    p.add_argument("--picture", metavar="FILE.png", help="also draw parameters against MACs")
+    _json(p)
+
+    p = command("density", "the share of activations that are not zero, per residual group (SAFR, figures 3 and 4)",
+                "autoreid density results/market/safr-small-s0.safetensors --dataset market --root ~/data", density)
+    p.add_argument("models", nargs="+", metavar="MODEL|WEIGHTS", help="a name that `autoreid cost` lists, or a "
+                   ".safetensors file that retrain wrote")
+    _dataset(p)
+    p.add_argument("--images", type=whole, default=256, metavar="N", help="training images to look at, evenly chosen")
+    p.add_argument("--input", type=size, metavar="HxW", help="picture size; default the weights' own, else 256x128")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="a model's option")
+    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
+    p.add_argument("--picture", metavar="FILE.png", help="also draw the density over the depth")
     _json(p)
 
     p = command("tune", "tune the shared recipe on held-out training identities (not here yet: it comes with the issue "
@@ -216,8 +239,7 @@ def check_data(args: argparse.Namespace) -> int:
     report = data.check(args.dataset, args.root)
     _figures(args, report, data.describe(report))
     if report["problems"]:
-        count = len(report["problems"])
-        say(f"autoreid: {count} problem{'s' * (count > 1)} in {args.dataset}, listed above with what to do")
+        say(f"autoreid: {_counted(len(report['problems']), 'problem')} in {args.dataset}, listed above with what to do")
         return 2
     _next(f"autoreid search --dataset {args.dataset}{_root(args)}")
     return 0
@@ -257,7 +279,7 @@ def search(args: argparse.Namespace) -> None:
 
 def retrain(args: argparse.Namespace) -> None:
     from autoreid.network import find_model
-    from autoreid.train import Recipe, find_recipe
+    from autoreid.recipe import Recipe, find_recipe
     from autoreid.train import retrain as run_retrain
 
     _threads()
@@ -272,7 +294,8 @@ def retrain(args: argparse.Namespace) -> None:
     recipe = find_recipe(args.recipe or _preset(args.dataset), for_recipe)
     path, result = run_retrain(
         spec, args.dataset, recipe, args.out, root=args.root, seed=args.seed, device=_device(args.device),
-        workers=args.workers, flip=args.flip, resume=args.resume, overwrite=args.overwrite, name=args.name,
+        workers=args.workers, views=args.views or (2 if args.flip else None), init=args.init,
+        resume=args.resume, overwrite=args.overwrite, name=args.name,
     )
     _figures(args, result, f"{_metrics_line(result)}\nresult in {path}")
     _next(f"autoreid compare {path.parent}")
@@ -299,9 +322,9 @@ def evaluate(args: argparse.Namespace) -> None:
     net, metadata = load_weights(args.weights)
     spec = ModelSpec.from_dict(metadata["model"])
     splits, size = data.load(args.dataset, args.root), tuple(metadata["input"])
-    result = measure(net.to(device), spec, spec.label, splits, size, device=device, flip=args.flip,
-                     protocol=args.protocol)
-    result.update({"recipe": metadata["recipe"], "seed": metadata["seed"], "init": "scratch",
+    result = measure(net.to(device), spec, spec.label, splits, size, device=device,
+                     views=args.views or (2 if args.flip else 1), protocol=args.protocol)
+    result.update({"recipe": metadata["recipe"], "seed": metadata["seed"], "init": metadata["init"],
                    "trained_on": metadata["dataset"], "environment": environment()})
     if args.out:
         write_json(args.out, result)
@@ -324,26 +347,81 @@ def cost(args: argparse.Namespace) -> None:
 
     _threads()
     device, rows = _device(args.device), []
+    if args.picture and not args.picture.endswith(".png"):
+        raise UserError(f"--picture {args.picture}: give the name of a .png file")
     for name in args.models or known_models():
-        spec = find_model(name, split_pairs(args.changes), args.match)
-        counted = costs.measure(spec.build, args.input)
-        latency = None if args.no_latency else costs.latency(spec.build(), args.input, device)["median"]
+        try:
+            spec = find_model(name, split_pairs(args.changes), args.match)
+            counted = costs.measure(spec.build, args.input)
+        except UserError as fault:
+            if args.models:
+                raise
+            say(f"{name}: left out: {fault}")
+            continue
+        latency = None if args.no_latency else costs.latency(spec.build(), args.input, device, at_most_s=3)["median"]
         rows.append({
             "model": spec.label, "input": args.input, "params": counted.params, "macs": counted.macs,
-            "macs_all": counted.macs_all, "activation_bytes": counted.activation_bytes, "latency_ms": latency,
+            "flops": 2 * counted.macs, "macs_all": counted.macs_all, "activation_bytes": counted.activation_bytes,
+            "latency_ms": latency,
         })
-    lines = [f"{'model':28} {'params':>12} {'MACs':>15} {'MACs, all':>15} {'activations':>12} {'latency':>10}"]
+    if not rows:
+        raise UserError("no model fits these options: name the models, as in autoreid cost resnet50")
+    lines = [f"{'model':26} {'params':>12} {'MACs':>15} {'FLOPs':>15} {'MACs, all':>15} {'activations':>12}"
+             f" {'latency':>10}"]
     lines += [
-        f"{r['model']:28} {r['params']:>12,} {r['macs']:>15,} {r['macs_all']:>15,} "
+        f"{r['model']:26} {r['params']:>12,} {r['macs']:>15,} {r['flops']:>15,} {r['macs_all']:>15,} "
         f"{r['activation_bytes'] / 2**20:>8.1f} MiB "
         + (f"{r['latency_ms']:>7.1f} ms" if r["latency_ms"] is not None else f"{'-':>10}")
         for r in rows
     ]
     height, width = args.input
-    lines.append(f"one {height} x {width} picture, no classifier; MACs: convolutions, linear layers, products; all: MAC + "
-                 "bias + 2 per batch norm + 1 per ReLU element")
+    lines.append(f"one {height} x {width} picture, no classifier; MACs: convolutions, linear layers, products; FLOPs: "
+                 "2 x MACs; all: MAC + bias + 2 per batch norm + 1 per ReLU element")
+    if args.picture:
+        from autoreid.plots import costs as draw_costs
+        from autoreid.plots import save
+
+        save(draw_costs(rows), args.picture)
+        say(f"picture: {args.picture}")
     _figures(args, rows, "\n".join(lines))
     _next("autoreid retrain MODEL --dataset drawn-people")
+
+
+def density(args: argparse.Namespace) -> None:
+    from autoreid import data
+    from autoreid.density import activation_density
+    from autoreid.loading import load_images, normalise
+    from autoreid.network import find_model, load_weights
+    from autoreid.options import split_pairs
+    from autoreid.plots import draw_density
+
+    _threads()
+    if args.picture and not args.picture.endswith(".png"):
+        raise UserError(f"--picture {args.picture}: give the name of a .png file")
+    if not args.images:
+        raise UserError("--images 0: give at least 1")
+    device, measured = _device(args.device), {}
+    samples = data.load(args.dataset, args.root, parts=("train",)).train
+    step = max(1, len(samples) // args.images)
+    samples = samples[::step][: args.images]
+    for name in args.models:
+        if name.endswith(".safetensors"):
+            net, header = load_weights(name)
+            label, size = Path(name).stem, args.input or header["input"]
+        else:
+            spec = find_model(name, split_pairs(args.changes))
+            net, label, size = spec.build(), spec.label, args.input or [256, 128]
+            say(f"{name}: fresh weights; what training does to the density is seen with a .safetensors of retrain")
+        batches = (normalise(load_images(samples[i : i + 32], tuple(size))) for i in range(0, len(samples), 32))
+        measured[label] = {row.group: row.density for row in activation_density(net.to(device), batches)}
+    lines = [f"{label}\n" + "\n".join(f"  {group:12} {100 * value:5.1f} %" for group, value in rows.items())
+             for label, rows in measured.items()]
+    if args.picture:
+        draw_density(measured, args.picture)
+        say(f"picture: {args.picture}")
+    lines.append(f"share of activations that are not zero, over {len(samples)} training images")
+    _figures(args, measured, "\n".join(lines))
+    _next("autoreid density WEIGHTS.safetensors --dataset NAME --picture density.png")
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -391,12 +469,16 @@ def _root(args: argparse.Namespace) -> str:
 
 def _metrics_line(result: dict[str, Any]) -> str:
     cmc, queries = result["cmc"], result["queries"]
-    how = f" ({result['protocol']}, flip {'on' if result['flip'] else 'off'})" if "flip" in result else ""
+    how = f" ({result['protocol']}, {_counted(result['views'], 'view')})" if "views" in result else ""
     return (
         f"mAP {100 * result['mAP']:.1f} %, rank-1 {100 * cmc['1']:.1f} %, rank-5 {100 * cmc['5']:.1f} %, rank-10 "
         f"{100 * cmc['10']:.1f} %, mINP {100 * result['mINP']:.1f} %, trapezoid mAP {100 * result['mAP_trapezoid']:.1f} "
         f"%, {queries['scored']} of {queries['total']} queries scored{how}"
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:

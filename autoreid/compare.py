@@ -42,6 +42,7 @@ SETTINGS = {
     "input": RETRAIN,
     "init": RETRAIN,
     "flip": EVALUATE,
+    "views": EVALUATE,
     "rerank": EVALUATE,
     "trained on": "compare models trained on one dataset",
     "split": "check that both saw the same copy of the dataset and retrain one of them",
@@ -139,6 +140,7 @@ def _settings(result: Result) -> dict[str, Any]:
     train = result.get("train") or {}
     values = {
         **{name: result[name] for name in ("dataset", "protocol", "recipe", "init", "flip", "rerank")},
+        "views": result.get("views") or 1 + bool(result["flip"]),  # older results only know the mirror image
         "input": "x".join(map(str, result["input"])),
         "trained on": result.get("trained_on") or result["dataset"],
         "split": result.get("split"),

@@ -173,20 +173,24 @@ def latency(
     repeats: int = 30,
     warmup: int = 5,
     channels: int = 3,
+    at_most_s: float = 20.0,
 ) -> dict[str, str | int | float]:
     """Milliseconds per batch: ``{"device", "batch", "median", "iqr"}``, as ``latency_ms`` of a result JSON.
 
     ``net`` is moved to ``device`` and timed on batch x channels x H x W random float32 images in eval mode (its mode
-    is restored). Median and interquartile range over ``repeats`` passes, after ``warmup`` passes that are thrown
-    away; on CUDA every pass is synchronised. Threads are the caller's business: ``torch.set_num_threads``.
+    is restored). Median and interquartile range over ``repeats`` passes, or as many (five or more) as ``at_most_s``
+    seconds hold, after ``warmup`` passes that are thrown away; on CUDA every pass is synchronised. Threads are the
+    caller's business: ``torch.set_num_threads``.
     """
     device = torch.device(device)
     was_training = net.training
     net = net.to(device).eval()
     images = torch.rand(batch, channels, *size, device=device)
-    milliseconds = []
+    milliseconds: list[float] = []
     with torch.inference_mode():
-        for _ in range(warmup + repeats):
+        while len(milliseconds) < warmup + min(repeats, 5) or (
+            len(milliseconds) < warmup + repeats and sum(milliseconds) < 1e3 * at_most_s
+        ):
             _wait(device)
             start = time.perf_counter()
             net(images)

@@ -12,10 +12,11 @@ from pathlib import Path
 from autoreid import compare, data, plots, report
 from autoreid.errors import UserError
 from autoreid.network import find_model
+from autoreid.recipe import find_recipe
 from autoreid.runs import Run, command, commit, say
 from autoreid.search import find_settings, search, search_config
 from autoreid.space import SearchSpace
-from autoreid.train import find_recipe, retrain
+from autoreid.train import retrain
 
 DATASET = "drawn-people-tiny"
 MODELS = ("searched", "random", "resnet18-like")

@@ -11,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from autoreid.data import Sample
 from autoreid.errors import UserError
-from autoreid.loading import load_images, normalise
+from autoreid.loading import enlarged, load_images, normalise
 from autoreid.metrics import Protocol, RetrievalMetrics, retrieval_metrics
+
+VIEWS = (1, 2, 10)
 
 
 def extract(
@@ -24,29 +27,34 @@ def extract(
     size: tuple[int, int],
     device: str | torch.device = "cpu",
     batch: int = 128,
-    flip: bool = False,
+    views: int = 1,
 ) -> Tensor:
-    """Features N x D float32 on the CPU; ``flip`` averages those of the image and of its mirror image.
+    """Features N x D float32 on the CPU: the mean over a picture's ``views``.
+
+    1: the picture; 2: and its mirror image; 10: the four corners and the middle of the picture an eighth larger, and
+    their mirror images (DaRe, Wang et al. 2018, section 4).
 
     The network works in eval mode and keeps the mode it had, module by module. size = (H, W).
     """
     if not samples:
         raise UserError("there are no images to extract features from; check the dataset with `autoreid data NAME`")
+    if views not in VIEWS:
+        raise UserError(f"views={views}: allowed is 1 (the picture), 2 (its mirror image too) or 10 (five crops, mirrored)")
+    read = enlarged(size, 1.125) if views == 10 else size
     modes = [(module, module.training) for module in net.modules()]
     groups = [samples[i : i + batch] for i in range(0, len(samples), batch)]
     features = []
     try:
         net.eval()
         with torch.inference_mode(), ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(load_images, groups[0], size)
+            coming = ahead.submit(load_images, groups[0], read)
             for following in [*groups[1:], None]:
                 images = normalise(coming.result().to(device))
                 if following is not None:  # decode it while the network is busy with this one
-                    coming = ahead.submit(load_images, following, size)
-                out = net(images)
-                if flip:
-                    out = (out + net(images.flip(3))) / 2
-                features.append(out.float().cpu())
+                    coming = ahead.submit(load_images, following, read)
+                crops = v2.functional.five_crop(images, list(size)) if views == 10 else [images]
+                shown = [*crops, *(crop.flip(3) for crop in crops)] if views > 1 else crops
+                features.append((sum(net(view).float() for view in shown) / len(shown)).cpu())
     finally:
         for module, mode in modes:
             module.training = mode
@@ -62,12 +70,12 @@ def evaluate(
     protocol: str | Protocol = "market1501",
     metric: str = "euclidean",
     device: str | torch.device = "cpu",
-    flip: bool = False,
+    views: int = 1,
 ) -> RetrievalMetrics:
-    """Metrics of the network on query against gallery; size = (H, W)."""
+    """Metrics of the network on query against gallery; size = (H, W); ``views`` as in :func:`extract`."""
     sides = []
     for samples in (query, gallery):
-        features = extract(net, samples, size, device, flip=flip)
+        features = extract(net, samples, size, device, views=views)
         sides.append((features, [s.identity for s in samples], [s.camera for s in samples]))
     return retrieval_metrics(*sides[0], *sides[1], protocol=protocol, metric=metric)
 

@@ -141,12 +141,14 @@ def _by_identity(identities: Sequence[int]) -> dict[int, list[int]]:
 class Augment:
     """Chance of a mirror image; pixels of black padding before a random crop; chance that a box is erased to the mean.
 
-    ``pad`` counts pixels of the network's input (0 turns the crop off).
+    ``pad`` counts pixels of the network's input. ``enlarge`` 1.125 reads pictures an eighth larger than the input, from
+    which the crop is taken (DaRe). Without either nothing is cropped.
     """
 
     flip: float = 0.5
     pad: int = 10
     erase: float = 0.5
+    enlarge: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("flip", "erase"):
@@ -154,6 +156,13 @@ class Augment:
                 raise UserError(f"augment {name} is a probability in [0, 1], got {getattr(self, name)}")
         if self.pad < 0:
             raise UserError(f"augment pad is a number of pixels, 0 or more, got {self.pad}")
+        if not 1 <= self.enlarge <= 4:
+            raise UserError(f"augment enlarge is a factor from 1 to 4, got {self.enlarge}")
+
+
+def enlarged(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """(H, W) times a factor, in whole pixels."""
+    return round(size[0] * factor), round(size[1] * factor)
 
 
 def load_image(path: str, size: tuple[int, int]) -> Tensor:
@@ -211,9 +220,10 @@ class _Batches(Dataset):
         seed: int,
         cache_bytes: int,
     ) -> None:
-        self.samples, self.labels, self.size, self.seed = list(samples), list(labels), size, seed
+        self.samples, self.labels, self.seed = list(samples), list(labels), seed
+        self.size = enlarged(size, augment.enlarge)  # of the pictures that are read
         geometry: list[Any] = [v2.RandomHorizontalFlip(augment.flip)] if augment.flip else []
-        geometry += [v2.RandomCrop(size, padding=augment.pad)] if augment.pad else []
+        geometry += [v2.RandomCrop(size, padding=augment.pad)] if augment.pad or self.size != size else []
         self.geometry = v2.Compose(geometry) if geometry else None
         # After normalisation 0 is the mean colour.
         self.erase = (
@@ -221,7 +231,7 @@ class _Batches(Dataset):
             if augment.erase
             else None
         )
-        self.cached = len(self.samples) * 3 * size[0] * size[1] <= cache_bytes
+        self.cached = len(self.samples) * 3 * self.size[0] * self.size[1] <= cache_bytes
         self._open_cache()
 
     def _open_cache(self) -> None:
@@ -250,7 +260,7 @@ class _Batches(Dataset):
 
     def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor] | UserError:
         try:
-            images = torch.stack([self._image(i) for i in key.indices])
+            images = [self._image(i) for i in key.indices]
         except UserError as error:
             return error  # raised in a worker it would come back wrapped in the worker's traceback
         seeds = np.random.SeedSequence([self.seed, key.epoch, key.batch]).generate_state(2 * len(images), np.uint64)
@@ -259,7 +269,7 @@ class _Batches(Dataset):
                 for position, image in enumerate(images):
                     torch.default_generator.manual_seed(int(seeds[2 * position]))
                     images[position] = self.geometry(image)
-            batch = normalise(images)
+            batch = normalise(torch.stack(images))
             if self.erase is not None:
                 for position, image in enumerate(batch):
                     torch.default_generator.manual_seed(int(seeds[2 * position + 1]))

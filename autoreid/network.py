@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoreid.backbones import BACKBONES
+from autoreid.backbones import BACKBONES, OWN_HEADS
 from autoreid.cell import Cell, make_stem, plan_cells
 from autoreid.errors import UserError, unknown
 from autoreid.genotype import CellGraph, Genotype
-from autoreid.heads import ReIDNet
+from autoreid.heads import HEADS, ReIDNet
 from autoreid.ops import OPS, Stripes
 from autoreid.options import parse
 from autoreid.space import SearchSpace, known_spaces, published
@@ -77,26 +77,26 @@ class CellNet(nn.Module):
 
         self.cells = nn.ModuleList(cell(p, genotype.reduction if p.reduction else genotype.normal) for p in plans)
         self._last = [i for i, p in enumerate(plans) if i + 1 == len(plans) or plans[i + 1].stage != p.stage]
-        self.channels = plans[-1].channels * len(genotype.concat)
+        self.stage_channels = tuple(plans[i].channels * len(genotype.concat) for i in self._last)
+        self.channels = self.stage_channels[-1]
 
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """The map after every stage, the last one last."""
+    def stages(self, images: Tensor) -> Iterator[Tensor]:
+        """The map after every stage, one by one."""
         s0 = s1 = self.stem(images)
-        maps = []
         for i, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1)
             if i in self._last:
-                maps.append(s1)
-        return maps
+                yield s1
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.stages(images)[-1]
+        *_, last = self.stages(images)
+        return last
 
 
 # ---------------------------------------------------------------------------------------- names to networks
 @dataclass(frozen=True)
 class ModelSpec:
-    """What rebuilds a network: a backbone's name or a genotype, the backbone's options, the head's options.
+    """What rebuilds a network: a backbone's name or a genotype, the backbone's options, the head and its options.
 
     ``label`` is the file-safe name of its results, with the options the user chose: ``resnet18-width20``.
     """
@@ -140,9 +140,10 @@ def find_model(
 ) -> ModelSpec:
     """The model of this name (a backbone, a published genotype, ``random-<space>``) or in this genotype file.
 
-    ``options`` may name any option of the backbone and of the head (pooling, embedding_dim, neck, dropout), and
-    ``genotype_seed`` for a random genotype; an unknown one is a :class:`UserError` that lists them. A searched
-    genotype is built in the size that its search recorded, unless ``options`` say otherwise.
+    ``options`` may name any option of the backbone, ``head`` (another than the model's own) and any option of the head
+    (pooling, embedding_dim, neck, ...), and ``genotype_seed`` for a random genotype; an unknown one is a
+    :class:`UserError` that lists them. A searched genotype is built in the size that its search recorded, unless
+    ``options`` say otherwise.
 
     ``match`` is a searched ``genotype.json`` to be compared with: a genotype is then built in *its* size, and a
     backbone with a ``width`` as wide as brings its parameters nearest.
@@ -162,10 +163,14 @@ def find_model(
     elif name not in BACKBONES:
         raise unknown("model", name, [*known_models(), "PATH/genotype.json"])
     backbone_names = model_options(CellNet if genotype else BACKBONES[name])
-    head_names = model_options(ReIDNet)
+    own_head = OWN_HEADS.get(name, {})
+    kind = options.get("head", own_head.get("head", "pooled"))
+    if kind not in HEADS:
+        raise unknown("head", kind, HEADS)
+    head: dict[str, Any] = dict(own_head) if kind == own_head.get("head", "pooled") else {"head": kind}
+    head_names = {"head": "", **model_options(HEADS[kind])}
     other = Genotype.load(match) if match else None
     backbone = recorded_size(other or genotype) if genotype else {}
-    head: dict[str, Any] = {}
     for key, value in options.items():
         if key in backbone_names:
             backbone[key] = parse(key, value, backbone_names[key])

@@ -148,7 +148,7 @@ class Run:
     """
 
     FILES = ("config.json", "environment.json", "checkpoint.pt", "summary.json", "genotype.json", "curves.csv",
-             "alphas.csv", "genotype.png", "alphas.png", "curves.png")
+             "alphas.csv", "genotype.png", "alphas.png", "curves.png", "swag.safetensors")
 
     def __init__(
         self, folder: str | Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool, results: Sequence[Path] = ()

@@ -1,145 +1,44 @@
-"""One shared recipe for every network, the loop that follows it, and the single evaluation at its end.
+"""The loop that follows a recipe, the same for every network, and the single evaluation at its end.
 
-A searched and a hand-designed network can only be compared when both were trained alike: the recipe is one value, and
-its key stands in every result. Query and gallery are opened once, after the last epoch.
+Query and gallery are opened once, after the last epoch.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from autoreid import cost, data
 from autoreid.data import Sample, Splits
-from autoreid.errors import UserError, unknown
+from autoreid.errors import UserError
 from autoreid.evaluate import evaluate
-from autoreid.heads import ReIDNet
+from autoreid.heads import Branch, ReIDNet
 from autoreid.loading import IMAGENET_MEAN, IMAGENET_STD, Augment, PKSampler, TrainLoader, relabel
-from autoreid.losses import batch_hard_triplet, smoothed_cross_entropy
+from autoreid.losses import LOSSES, CenterLoss, smoothed_cross_entropy
 from autoreid.network import ModelSpec, save_weights
-from autoreid.options import changed, read_json, require, require_ranges
+from autoreid.options import read_json, require
+from autoreid.pretrained import load_imagenet
+from autoreid.recipe import Recipe
 from autoreid.runs import (
     Run,
     environment,
-    key_of,
     peak_memory_bytes,
     progress,
     rows_up_to,
     say,
+    write_bytes,
     write_json,
     write_text,
 )
-
-OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("cosine", "step")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained; the defaults are the field's usual ones (Luo et al. 2019, "Bag of Tricks").
-
-    ``identities`` x ``images`` make a batch. The learning rate rises linearly from ``lr`` / 10 over
-    ``warmup_epochs``, then falls by ``schedule``: "cosine" to ``lr_min``, "step" by ``gamma`` at each milestone.
-    ``pad`` (pixels) and ``flip``, ``erase`` (probabilities) are the augmentation; ``clip`` 0 means no clipping.
-    """
-
-    input: tuple[int, int] = (256, 128)
-    optimizer: str = "adam"
-    lr: float = 3.5e-4
-    lr_min: float = 7e-7
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    epochs: int = 60
-    warmup_epochs: int = 10
-    schedule: str = "cosine"
-    milestones: tuple[int, ...] = (40, 50)
-    gamma: float = 0.1
-    identities: int = 16
-    images: int = 4
-    ce_weight: float = 1.0
-    triplet_weight: float = 1.0
-    margin: float = 0.3
-    label_smoothing: float = 0.1
-    flip: float = 0.5
-    pad: int = 10
-    erase: float = 0.5
-    drop_path: float = 0.0
-    clip: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
-        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        require(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"0 to {self.epochs}")
-        require(len(self.input) == 2 and min(self.input) >= 16, "input", "x".join(map(str, self.input)),
-                "HxW with both sides at least 16, as in 128x64")
-        require(self.identities >= 2 and self.images >= 2, "identities, images", (self.identities, self.images),
-                "2 or more each: a triplet needs a positive and a negative")
-        require_ranges(
-            self, lr=(1e-12, 1e40, "above 0"), lr_min=(0, self.lr, "from 0 to lr"), gamma=(0, 1, "from 0 to 1"),
-            momentum=(0, 0.9999, "from 0 to below 1"), weight_decay=(0, 1e6, "0 or more"),
-            ce_weight=(0, 1e6, "0 or more"), triplet_weight=(0, 1e6, "0 or more"), margin=(0, 1e6, "0 or more"),
-            label_smoothing=(0, 0.9999, "from 0 to below 1"), drop_path=(0, 0.9999, "from 0 to below 1"),
-            flip=(0, 1, "from 0 to 1"), erase=(0, 1, "from 0 to 1"), pad=(0, 4096, "0 or more pixels"),
-            clip=(0, 1e12, "0 (no clipping) or more"),
-        )
-        require(self.ce_weight > 0 or self.triplet_weight > 0, "ce_weight, triplet_weight",
-                (self.ce_weight, self.triplet_weight), "at least one above 0")
-
-    def key(self) -> str:
-        """Twelve hexadecimal digits; equal keys mean networks trained alike."""
-        return key_of(asdict(self))
-
-    def learning_rate(self, epoch: int) -> float:
-        """The rate of ``epoch`` (from 0): a function of the epoch, so that a resumed run needs no schedule state."""
-        if epoch < self.warmup_epochs:
-            return self.lr * (0.1 + 0.9 * epoch / self.warmup_epochs)
-        if self.schedule == "step":
-            return self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
-        fraction = (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs - 1, 1)
-        return self.lr_min + (self.lr - self.lr_min) * (1 + math.cos(math.pi * fraction)) / 2
-
-
-# Recipes by name. "drawn" is for the drawn data on two CPU cores; "autoreid-iccv19" is section 4.1 of the paper, its
-# learning rate taken literally (0.0035, ten times the usual one).
-RECIPES: dict[str, Recipe] = {
-    "default": Recipe(),
-    "autoreid-iccv19": Recipe(
-        input=(384, 128), lr=3.5e-3, epochs=240, warmup_epochs=0, schedule="step", milestones=(80, 150), identities=8,
-        ce_weight=0.5, triplet_weight=0.5, label_smoothing=0.0, erase=0.0,
-    ),
-    "drawn": Recipe(
-        input=(64, 32), optimizer="adamw", lr=3.5e-3, lr_min=1e-5, weight_decay=0.01, epochs=12, warmup_epochs=2,
-        pad=4, erase=0.25,
-    ),
-}
-RECIPES["demo"] = replace(RECIPES["drawn"], epochs=10)
-
-
-def find_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
-    """A recipe by name or from a JSON file of its fields, with ``changes`` applied."""
-    if name.endswith(".json"):
-        fields = read_json(name, "recipe")
-        if not isinstance(fields, dict):
-            raise UserError(f"{name}: a recipe is a JSON object of fields, got {type(fields).__name__}")
-        try:
-            recipe = changed(Recipe(), fields, "recipe")
-        except UserError as fault:
-            raise UserError(f"{name}: {fault}") from None
-    elif name in RECIPES:
-        recipe = RECIPES[name]
-    else:
-        raise unknown("recipe", name, [*RECIPES, "PATH/recipe.json"])
-    return changed(recipe, changes or {}, "recipe", ("warmup_epochs", "milestones"))
+from autoreid.swag import SWAG, update_batch_norms
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -161,15 +60,48 @@ def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.
     return kind(parameters, recipe.lr, betas=(recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
 
 
-def training_loss(
-    net: ReIDNet, classifier: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted sum, cross-entropy, triplet): the triplet on the features before the neck, the classifier after it
-    (Luo et al. 2019, section 3.5)."""
-    features = net.features(images)  # B x dims
-    ce = smoothed_cross_entropy(classifier(net.neck(features)), labels, recipe.label_smoothing)
-    triplet = batch_hard_triplet(features, labels, recipe.margin)
-    return recipe.ce_weight * ce + recipe.triplet_weight * triplet, ce, triplet
+class Losses(NamedTuple):
+    """Of one batch, each added up over the network's branches; cross-entropy and triplet before their weights."""
+
+    total: Tensor
+    ce: Tensor
+    triplet: Tensor
+    center: Tensor
+
+
+class Criterion(nn.Module):
+    """The recipe's losses on every branch of a network: a classifier and, where the recipe has them, centers for each.
+
+    The triplet and center losses read a branch before its neck, the classifier after it (Luo et al. 2019, section 3.5).
+    A loss of weight zero is not computed.
+    """
+
+    def __init__(self, branch_dims: Sequence[int], identities: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.classifiers = nn.ModuleList()
+        for dims in branch_dims if recipe.ce_weight > 0 else ():
+            classifier = nn.Linear(dims, identities, bias=False)
+            nn.init.normal_(classifier.weight, std=0.001)
+            self.classifiers.append(classifier)
+        self.centers = nn.ModuleList(
+            CenterLoss(identities, dims, recipe.center_weight) for dims in (branch_dims if recipe.center_weight > 0 else ())
+        )
+
+    def forward(self, branches: Sequence[Branch], labels: Tensor) -> Losses:
+        recipe = self.recipe
+        ce = triplet = center = torch.zeros((), device=labels.device)
+        for classifier, b in zip(self.classifiers, branches, strict=bool(self.classifiers)):
+            smoothing = None if recipe.literal_smoothing else recipe.label_smoothing
+            ce = ce + smoothed_cross_entropy(classifier(b.classified), labels, smoothing, recipe.literal_smoothing)
+        if recipe.triplet_weight > 0:
+            margin = "soft" if recipe.soft_margin else recipe.margin
+            for b in branches:
+                triplet = triplet + LOSSES[recipe.triplet](b.metric, labels, margin)
+        for loss, b in zip(self.centers, branches, strict=bool(self.centers)):
+            center = center + loss(b.metric, labels)
+        total = recipe.ce_weight * ce + recipe.triplet_weight * triplet + center
+        return Losses(total, ce, triplet, center)
 
 
 def fit(
@@ -182,61 +114,86 @@ def fit(
     """
     labels, identities = relabel(samples)
     sampler = PKSampler(labels, recipe.identities, recipe.images, seed)
-    augment = Augment(recipe.flip, recipe.pad, recipe.erase)
+    augment = Augment(recipe.flip, recipe.pad, recipe.erase, recipe.enlarge)
     loader = TrainLoader(samples, labels, recipe.input, sampler, augment, seed, workers)
     net.to(device)
-    classifier = nn.Linear(net.dims, identities, bias=False).to(device)
-    nn.init.normal_(classifier.weight, std=0.001)
-    parameters = [p for p in (*net.parameters(), *classifier.parameters()) if p.requires_grad]
+    criterion = Criterion(net.branch_dims, identities, recipe).to(device)
+    parameters = [p for p in (*net.parameters(), *criterion.classifiers.parameters()) if p.requires_grad]
     optimizer = make_optimizer(recipe, parameters)
+    center_optimizer = torch.optim.SGD(criterion.centers.parameters(), recipe.center_lr) if criterion.centers else None
+    swag = SWAG(net) if recipe.swag_cycles else None
     run.open()
     first, seconds, memory, curves = 0, 0.0, 0, run.folder / "curves.csv"
     if (state := run.load()) is not None:
         net.load_state_dict(state["net"])
-        classifier.load_state_dict(state["classifier"])
+        criterion.load_state_dict(state["criterion"])
         optimizer.load_state_dict(state["optimizer"])
+        if swag is not None:
+            swag.load_state_dict(state["swag"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         first, seconds, memory = state["epoch"], state["seconds"], state["memory"]
-        say(f"resumed after epoch {first} of {recipe.epochs}")
+        say(f"resumed after epoch {first} of {recipe.all_epochs}")
     elif run.resumes:
         say("no epoch was finished: starting with the first")
-    rows = rows_up_to(curves, first) or ["epoch,loss,loss_ce,loss_triplet,lr,seconds"]
-    for epoch in range(first, recipe.epochs):
+    rows = rows_up_to(curves, first) or ["epoch,loss,loss_ce,loss_triplet,loss_center,lr,seconds"]
+    for epoch in range(first, recipe.all_epochs):
         begin = time.monotonic()
         rate = recipe.learning_rate(epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(optimizer, rate, recipe.momentum_of(epoch))
         net.train()
-        sums = [0.0, 0.0, 0.0]
+        sums = [0.0, 0.0, 0.0, 0.0]
         for images, batch_labels in progress(loader.epoch(epoch), len(loader), f"epoch {epoch + 1}"):
-            losses = training_loss(net, classifier, images.to(device), batch_labels.to(device), recipe)
-            if not torch.isfinite(losses[0]):
+            losses = criterion(net.branches(images.to(device)), batch_labels.to(device))
+            if not torch.isfinite(losses.total):
                 raise UserError(
-                    f"training diverged in epoch {epoch + 1}: the loss is {losses[0].item()}; lower the learning "
+                    f"training diverged in epoch {epoch + 1}: the loss is {losses.total.item()}; lower the learning "
                     f"rate, as in --set lr={recipe.lr / 4:g}"
                 )
             optimizer.zero_grad(set_to_none=True)
-            losses[0].backward()
+            criterion.centers.zero_grad(set_to_none=True)
+            losses.total.backward()
             if recipe.clip > 0:
                 nn.utils.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
+            if center_optimizer is not None:
+                center_optimizer.step()
             sums = [total + loss.item() for total, loss in zip(sums, losses, strict=True)]
+        if swag is not None and epoch >= recipe.epochs and (epoch + 1 - recipe.epochs) % recipe.swag_epochs == 0:
+            swag.collect(net)
         seconds += time.monotonic() - begin
         memory = max(memory, torch.cuda.max_memory_allocated() if "cuda" in device else peak_memory_bytes())
         means = [total / len(loader) for total in sums]
         rows.append(",".join([str(epoch), *(f"{value:.6g}" for value in (*means, rate, seconds))]))
         write_text(curves, "\n".join(rows) + "\n")
         run.save({
-            "net": net.state_dict(), "classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
+            "net": net.state_dict(), "criterion": criterion.state_dict(), "optimizer": optimizer.state_dict(),
+            "swag": swag.state_dict() if swag is not None else {},
             "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if "cuda" in device else [],
             "epoch": epoch + 1, "seconds": seconds, "memory": memory,
         })
-        left = seconds / (epoch + 1) * (recipe.epochs - epoch - 1)
-        say(f"epoch {epoch + 1}/{recipe.epochs}: ce {means[1]:.3f}, triplet {means[2]:.3f}, {left:.0f} s left")
-    images_seen = recipe.epochs * len(loader) * recipe.identities * recipe.images
-    return Training(recipe.epochs, seconds, images_seen / max(seconds, 1e-9), memory, device)
+        left = seconds / (epoch + 1) * (recipe.all_epochs - epoch - 1)
+        say(f"epoch {epoch + 1}/{recipe.all_epochs}: ce {means[1]:.3f}, triplet {means[2]:.3f}, {left:.0f} s left")
+    if swag is not None:
+        swag.mean_to(net)  # and the batch norms' statistics of the averaged weights, from one more pass over the images
+        update_batch_norms(net, loader.epoch(recipe.all_epochs))
+        moments = {"mean": swag.means, "variance": {name: swag.variance(name) for name in swag.means}}
+        write_bytes(run.folder / "swag.safetensors", save({
+            f"{moment}.{name}": value for moment, values in moments.items() for name, value in values.items()
+        }))
+    images_seen = recipe.all_epochs * len(loader) * recipe.identities * recipe.images
+    return Training(recipe.all_epochs, seconds, images_seen / max(seconds, 1e-9), memory, device)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> None:
+    """The learning rate, and the momentum or Adam's beta 1, of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = momentum
 
 
 # ---------------------------------------------------------------------------------------- train, then measure once
@@ -250,12 +207,16 @@ def retrain(
     seed: int = 0,
     device: str = "cpu",
     workers: int = 0,
-    flip: bool = False,
+    views: int | None = None,
+    init: str = "scratch",
     resume: bool = False,
     overwrite: bool = False,
     name: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Train a model from scratch on a dataset's training identities, evaluate it once, write the result.
+    """Train a model on a dataset's training identities, evaluate it once, write the result.
+
+    ``init``: "scratch", "imagenet" (torchvision's weights) or a file of such weights. ``views`` of the evaluation are
+    the recipe's unless given.
 
     Writes ``<out>/<dataset>/<name>-s<seed>.json`` (the result), ``.safetensors`` (the weights) and a folder of the
     same name (configuration, curves, checkpoint). Returns the result's path and value.
@@ -267,9 +228,10 @@ def retrain(
     splits = data.load(dataset, root)  # names only: a missing query folder is better found before the training
     samples = splits.train
     genotype = spec.genotype.key() if spec.genotype else None  # where it came from is not the question
+    views = views or recipe.views
     config = {
         "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
-        "device": device, "train_images": len(samples),
+        "init": init, "views": views, "device": device, "train_images": len(samples),
     }
     results = (target, target.with_suffix(".safetensors"))
     run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite, results=results)
@@ -278,15 +240,17 @@ def retrain(
         return target, read_json(target, "result")
     torch.manual_seed(seed)
     net = spec.build(recipe.drop_path)
+    if init != "scratch":
+        load_imagenet(net.backbone, spec.name, None if init == "imagenet" else init)
     training = fit(net, samples, recipe, run, seed, device, workers)
     net.eval()
     save_weights(
         results[1], net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed,
+        resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=init,
     )
-    result = measure(net, spec, name, splits, recipe.input, device=device, flip=flip)
+    result = measure(net, spec, name, splits, recipe.input, device=device, views=views)
     result.update({
-        "recipe": recipe.key(), "seed": seed, "init": "scratch", "train": asdict(training),
+        "recipe": recipe.key(), "seed": seed, "init": init, "train": asdict(training),
         "environment": environment(),
     })
     write_json(target, result)
@@ -302,12 +266,12 @@ def measure(
     size: tuple[int, int],
     *,
     device: str = "cpu",
-    flip: bool = False,
+    views: int = 1,
     protocol: str | None = None,
 ) -> dict[str, Any]:
     """A result's figures: cost and latency of the net, and its retrieval metrics on the dataset's query and gallery."""
     protocol = protocol or splits.protocol
-    metrics = evaluate(net, splits.query, splits.gallery, size, protocol, device=device, flip=flip)
+    metrics = evaluate(net, splits.query, splits.gallery, size, protocol, device=device, views=views)
     counted = cost.measure(spec.build, size)
     return {
         "model": name, "genotype": spec.genotype.key() if spec.genotype else None, "dataset": splits.name,
@@ -317,5 +281,5 @@ def measure(
         "embedding": {"dims": net.dims, "dtype": "float32", "bytes": 4 * net.dims},
         "mAP": metrics.mAP, "mAP_trapezoid": metrics.mAP_trapezoid, "mINP": metrics.mINP,
         "cmc": metrics.to_dict()["cmc"], "queries": {"total": metrics.total, "scored": metrics.scored},
-        "flip": flip, "rerank": None, "latency_ms": cost.latency(net, size, device),
+        "flip": views > 1, "views": views, "rerank": None, "latency_ms": cost.latency(net, size, device),
     }

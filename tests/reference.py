@@ -1,6 +1,7 @@
 """Slow, obvious twins of the fast code: explicit loops, one line per sentence of the definition."""
 
 import math
+import statistics
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,70 @@ def batch_hard_triplet(features, labels, margin):
         gap = max(positives) - min(negatives)
         terms.append(math.log(1 + math.exp(gap)) if margin == "soft" else max(0.0, margin + gap))
     return sum(terms) / len(terms) if terms else None
+
+
+def batch_soft_triplet(features, labels, margin):
+    """Robust-ReID, Eq. 4 and 5, anchor by anchor over lists of numbers; None where no anchor has both sides."""
+    terms = []
+    for a in range(len(features)):
+        others = [i for i in range(len(labels)) if i != a]
+        positives = [math.dist(features[a], features[p]) for p in others if labels[p] == labels[a]]
+        negatives = [math.dist(features[a], features[n]) for n in others if labels[n] != labels[a]]
+        if not positives or not negatives:
+            continue
+        d_p = sum(math.exp(d) * d for d in positives) / sum(math.exp(d) for d in positives)
+        d_n = sum(math.exp(-d) * d for d in negatives) / sum(math.exp(-d) for d in negatives)
+        terms.append(math.log(1 + math.exp(d_p - d_n)) if margin == "soft" else max(0.0, margin + d_p - d_n))
+    return sum(terms) / len(terms) if terms else None
+
+
+def center_loss(features, labels, centers):
+    """SAFR, Eq. 2, and Wen et al. 2016, Eq. 4: (loss, each center's step direction), over lists of numbers."""
+    loss = 0.0
+    for x, y in zip(features, labels, strict=True):
+        loss += 0.5 * sum((a - b) ** 2 for a, b in zip(x, centers[y], strict=True))
+    deltas = []
+    for j, c in enumerate(centers):
+        mine = [x for x, y in zip(features, labels, strict=True) if y == j]
+        deltas.append([sum(c[d] - x[d] for x in mine) / (1 + len(mine)) for d in range(len(c))])
+    return loss, deltas
+
+
+def smoothed_cross_entropy(logits, labels, smoothing, literal):
+    """-sum_i q_i log p_i by the definition of q, Szegedy et al.'s or SAFR's printed one, over lists of numbers."""
+    total = 0.0
+    for row, label in zip(logits, labels, strict=True):
+        log_sum = math.log(sum(math.exp(z) for z in row))
+        for i, z in enumerate(row):
+            is_it = 1 if i == label else 0
+            if literal:
+                q = is_it - smoothing * math.copysign(1, is_it - 0.5)
+            else:
+                q = (1 - smoothing) * is_it + smoothing / len(row)
+            total -= q * (z - log_sum)
+    return total / len(logits)
+
+
+def batch_norm_statistics(batches):
+    """What a batch norm with cumulative averaging knows after these inputs, B x C x H x W each: (means, variances),
+    the plain mean over batches of each batch's mean and unbiased variance."""
+    means, variances = [], []
+    for channel in range(batches[0].shape[1]):
+        values = [batch[:, channel].flatten().tolist() for batch in batches]
+        means.append(sum(statistics.fmean(v) for v in values) / len(values))
+        variances.append(sum(statistics.variance(v) for v in values) / len(values))
+    return means, variances
+
+
+def cyclic_rates(epochs, peak, cycle_epochs, decay, floor):
+    """The rates of epochs 0, 1, ... one after the other: half a cosine wave down, then a lower one."""
+    rates, top, step = [], peak, 0
+    for _ in range(epochs):
+        rates.append((top + floor) / 2 + (top - floor) / 2 * math.cos(math.pi * step / (cycle_epochs - 1)))
+        step += 1
+        if step == cycle_epochs:
+            top, step = top * decay, 0
+    return rates
 
 
 def ranked_matches(distances, query_ids, query_cams, gallery_ids, gallery_cams, drop=(-1,), same_camera_is_junk=True):

@@ -61,9 +61,9 @@ def test_the_names_in_the_help_texts_are_the_tables(capsys):
     """The help must not import torch, so it spells the names out; here they are held to the tables."""
     from autoreid.data import DATASETS
     from autoreid.metrics import METRICS, PROTOCOLS
+    from autoreid.recipe import RECIPES
     from autoreid.search import ARCH_LOSSES, METHODS, PRESETS
     from autoreid.space import known_spaces
-    from autoreid.train import RECIPES
 
     text = ""
     for name in COMMANDS:
@@ -365,7 +365,7 @@ def test_overwritten_interrupted_and_resumed_is_the_new_run_not_the_old(market, 
     result = tmp_path / "market" / "resnet18-width4-s0.json"
     assert json.loads(result.read_text())["train"]["epochs"] == 2
     with monkeypatch.context() as patch:
-        patch.setattr(autoreid.train, "training_loss", stop)
+        patch.setattr(autoreid.train.Criterion, "forward", stop)
         assert main([*retrain, "3", "--overwrite"]) == 130
     assert not result.exists() and not result.with_suffix(".safetensors").exists()
     capsys.readouterr()

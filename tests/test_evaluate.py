@@ -51,7 +51,19 @@ def test_extract_is_the_network_in_eval_mode(people):
     with torch.no_grad():
         torch.testing.assert_close(features, net.eval()(images))
         mirrored = (net(images) + net(images.flip(3))) / 2
-    torch.testing.assert_close(extract(net, people, SIZE, flip=True), mirrored)
+    torch.testing.assert_close(extract(net, people, SIZE, views=2), mirrored)
+    larger = normalise(load_images(people, (round(SIZE[0] * 1.125), round(SIZE[1] * 1.125))))
+    (h, w), (hh, ww) = SIZE, larger.shape[2:]
+    middle = (round((hh - h) / 2), round((ww - w) / 2))
+    views = []
+    for top, left in ((0, 0), (0, ww - w), (hh - h, 0), (hh - h, ww - w), middle):
+        crop = larger[:, :, top : top + h, left : left + w]
+        views += [crop, crop.flip(3)]
+    with torch.no_grad():
+        ten = torch.stack([net(view) for view in views]).mean(0)
+    torch.testing.assert_close(extract(net, people, SIZE, views=10), ten)
+    with pytest.raises(UserError, match=r"^views=5: allowed is 1 \(the picture\), 2 \(its mirror image too\) or 10"):
+        extract(net, people, SIZE, views=5)
     assert not net.training
 
 

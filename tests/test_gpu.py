@@ -7,11 +7,12 @@ import torch
 from autoreid import data
 from autoreid.evaluate import extract
 from autoreid.network import find_model, load_weights
+from autoreid.recipe import Recipe
 from autoreid.runs import Run
 from autoreid.search import SearchSettings, search
 from autoreid.space import SearchSpace
 from autoreid.supernet import Supernet
-from autoreid.train import Recipe, retrain
+from autoreid.train import retrain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -208,6 +208,22 @@ def test_each_augmentation_does_what_its_name_says(pictures):
     assert not torch.equal(batch(pad=4), still)
 
 
+def test_enlarged_pictures_are_cropped_to_the_input(pictures):
+    wholes = [normalise(load_image(s.path, (40, 20))[None])[0] for s in pictures]
+    places = set()
+    for batch, labels in loader(pictures, Augment(0, 0, 0, 1.25)).epoch(0):
+        assert batch.shape[2:] == SIZE
+        for crop, label in zip(batch, labels, strict=True):
+            found = [
+                (y, x) for i, whole in enumerate(wholes) if relabel(pictures)[0][i] == label
+                for y in range(9) for x in range(5) if torch.equal(whole[:, y : y + 32, x : x + 16], crop)
+            ]
+            assert len(found) == 1
+            places.add(found[0])
+    assert len(places) > 3
+    assert said(Augment, 0, 0, 0, 0.9) == "augment enlarge is a factor from 1 to 4, got 0.9"
+
+
 def test_augment_mistakes():
     assert said(Augment, 1.5) == "augment flip is a probability in [0, 1], got 1.5"
     assert said(Augment, 0.5, -1) == "augment pad is a number of pixels, 0 or more, got -1"

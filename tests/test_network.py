@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoreid.errors import UserError
-from autoreid.network import CellNet, ModelSpec, find_model, load_weights, parameters, save_weights
+from autoreid.network import CellNet, ModelSpec, find_model, known_models, load_weights, parameters, save_weights
 from autoreid.ops import OPS, PartAware
 from autoreid.space import SearchSpace
 
@@ -119,11 +119,13 @@ def test_matching_width_is_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "options", "words"), [
-    ("resnet81", {}, "unknown model 'resnet81'; did you mean 'resnet18'? known: PATH/genotype.json, autoreid-baseline, "
-     "autoreid-baseline-reid, autoreid-retrieval-reid, darts-v2, gdas-v1, random-reid, random-reid-vehicle, "
-     "random-standard, resnet18, resnet34, resnet50"),
+    ("resnet81", {}, "unknown model 'resnet81'; did you mean 'resnet18'? known: "
+     + ", ".join(sorted([*known_models(), "PATH/genotype.json"]))),
     ("resnet18", {"widht": "3"}, "unknown option of resnet18 'widht'; did you mean 'width'? known: dropout, "
-     "embedding_dim, last_stride, neck, pooling, stem, width"),
+     "embedding_dim, fc, head, last_stride, neck, pooling, stem, width"),
+    ("resnet18", {"head": "exits", "fc": "linear"}, "unknown option of resnet18 'fc'; known: dropout, embedding_dim, "
+     "head, hidden, last_stride, neck, pooling, stem, width"),
+    ("resnet18", {"head": "exit"}, "unknown head 'exit'; did you mean 'exits'? known: exits, pooled, streams"),
     ("resnet18", {"width": "big"}, "width=big: width must be a whole number (default 64)"),
     ("darts-v2", {"layers": "2,a"}, "layers=2,a: layers must be whole numbers as in 2,2,2,2 (default (2, 2, 2, 2))"),
 ])
@@ -135,7 +137,7 @@ def test_mistakes_are_named(name, options, words):
 
 @pytest.mark.parametrize(("option", "words"), [
     ({"stem": "none"}, "unknown stem 'none'; known: conv, half, pool"),
-    ({"pooling": "gme"}, "unknown pooling 'gme'; did you mean 'gem'? known: average, gem, max"),
+    ({"pooling": "gme"}, "unknown pooling 'gme'; did you mean 'gem'? known: average, gem, gem-channel, max"),
     ({"channels": "1"}, "channels=1: allowed is 2 or more"),
     ({"layers": "2,0"}, "channels=64, layers=[2, 0]: channels must be at least 2 and every stage needs a cell, as in "
      "channels=64, layers=2,2,2,2"),

@@ -9,9 +9,9 @@ import pytest
 from autoreid.compare import count, paired, percent, read_results, table
 from autoreid.genotype import Genotype
 from autoreid.network import find_model, parameters
+from autoreid.recipe import find_recipe
 from autoreid.space import SearchSpace
 from autoreid.supernet import derive_cell
-from autoreid.train import find_recipe
 
 ROOT = Path(__file__).parent.parent
 SEARCH = ROOT / "searches" / "drawn-people-reid-darts-s0"

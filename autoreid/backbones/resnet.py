@@ -3,17 +3,25 @@
 ``width`` scales every stage (64 is the paper's), so that a ResNet can be set beside a searched network of the same
 size. ``last_stride=1`` keeps the last stage's map at a sixteenth of the picture (Sun et al. 2018, PCB). ``stem=7`` is
 the paper's 7 x 7 convolution of stride 2 and pooling of stride 2; ``stem=3`` a 3 x 3 convolution of stride 2 alone,
-for small pictures.
+for small pictures. A Bottleneck strides in its 3 x 3 convolution, as torchvision's (and its weights) do, and not in its
+first 1 x 1 as the paper's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from autoreid.errors import UserError
+
+IMAGENET = {  # torchvision's weights, by our models' names; V2 is the same network under a longer recipe
+    "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
+    "resnet34": "ResNet34_Weights.IMAGENET1K_V1",
+    "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
+}
 
 
 class ResNet(nn.Module):
@@ -44,21 +52,30 @@ class ResNet(nn.Module):
                 channels = planes * block.expansion
             stages.append(nn.Sequential(*row))
         self.layers = nn.ModuleList(stages)
-        self.channels = channels
+        self.stage_channels = tuple(width * 2**stage * block.expansion for stage in range(len(layers)))
+        self.channels = self.stage_channels[-1]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He initialisation, as the paper's
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """The map after every stage, the last one last."""
-        maps, x = [], self.stem(images)
+    def stages(self, images: Tensor) -> Iterator[Tensor]:
+        """The map after every stage, the last one last; a caller that stops reading stops the computation."""
+        x = self.stem(images)
         for layer in self.layers:
             x = layer(x)
-            maps.append(x)
-        return maps
+            yield x
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.stages(images)[-1]
+        return deque(self.stages(images), maxlen=1).pop()  # keeps no earlier map
+
+    def from_torchvision(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """torchvision's tensors under our names, without its classifier."""
+        ours = {"conv1": "stem.0", "bn1": "stem.1", **{f"layer{i + 1}": f"layers.{i}" for i in range(len(self.layers))}}
+        parts = {name: name.split(".", 1) for name in state}
+        return {
+            ".".join([ours.get(first, first), *rest]): state[name]
+            for name, (first, *rest) in parts.items() if first != "fc"
+        }
 
 
 def _block(block: type[BasicBlock] | type[Bottleneck], channels: int, planes: int, stride: int) -> nn.Module:
