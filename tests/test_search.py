@@ -356,7 +356,7 @@ def final_weights(folder, draw, space, seed, **changes) -> pd.Series:
 def test_the_search_finds_the_convolution_that_a_texture_needs(tmp_path, seed):
     """A pattern on a random mean: pooling keeps the mean and loses the pattern, a convolution can read it."""
     space = SearchSpace("toy", ("max_pool_3x3", "sep_conv_3x3"), nodes=2)
-    weights = final_weights(tmp_path, planted.texture, space, seed, epochs=12, alpha_warmup=4)
+    weights = final_weights(tmp_path, planted.texture, space, seed, epochs=20, alpha_warmup=4)
     for kind in ("normal", "reduction"):
         assert weights[kind, "sep_conv_3x3"] > 0.55
 
