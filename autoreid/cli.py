@@ -185,7 +185,8 @@ def build_parser() -> Parser:
 
     p = command("cost", "parameters, MACs, activation memory and latency of models",
                 "autoreid cost darts-v2 resnet50 --input 384x128", cost)
-    p.add_argument("models", nargs="*", metavar="MODEL|GENOTYPE.json", help="default: every named model")
+    p.add_argument("models", nargs="*", metavar="MODEL|GENOTYPE.json", help="default: every named model, but for the "
+                   "papers' ablations (safr-fig5-*, robust-reid-a to -h and -full)")
     p.add_argument("--input", type=size, default="256x128", metavar="HxW", help="picture size")
     p.add_argument("--match", metavar="GENOTYPE.json", help="build the models in the size of this searched one")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="a model's option")
@@ -342,6 +343,7 @@ def score(args: argparse.Namespace) -> None:
 
 def cost(args: argparse.Namespace) -> None:
     from autoreid import cost as costs
+    from autoreid.backbones import ABLATIONS
     from autoreid.network import find_model, known_models
     from autoreid.options import split_pairs
 
@@ -349,7 +351,7 @@ def cost(args: argparse.Namespace) -> None:
     device, rows = _device(args.device), []
     if args.picture and not args.picture.endswith(".png"):
         raise UserError(f"--picture {args.picture}: give the name of a .png file")
-    for name in args.models or known_models():
+    for name in args.models or [name for name in known_models() if name not in ABLATIONS]:
         try:
             spec = find_model(name, split_pairs(args.changes), args.match)
             counted = costs.measure(spec.build, args.input)

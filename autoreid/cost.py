@@ -9,7 +9,7 @@ Three conventions of "FLOPs" are in use, and they differ by 2x and more, so each
   else. It is ``torch.utils.flop_counter.FlopCounterMode`` divided by two, and what most re-ID papers print as FLOPs.
 - ``2 * macs``: floating point operations proper.
 - ``macs_all``: macs + 1 per bias addition of a convolution or linear layer + 2 per element out of a batch norm + 1 per
-  element out of a ReLU (or ReLU6). Robust-ReID (ICCV 2021) reports this one: its 0.72 and 1.68 B fit no other.
+  element out of a ReLU (or ReLU6). Robust-ReID (Lawen et al. 2019) reports this one: its 0.72 and 1.68 B fit no other.
 
 Trap: in eval mode torch.nn.MultiheadAttention takes a fused fast path that the counter cannot see (ViT-B/16 comes out
 36 % too low, without a word), so the fast path is off while we count and afterwards as it was before.

@@ -21,7 +21,7 @@ from autoreid.errors import UserError, unknown
 class GeM(nn.Module):
     """Generalised mean: (mean x^p)^(1/p) over the map, p trainable (Radenovic et al. 2018). B x C x H x W -> B x C.
 
-    One p for all channels, or with ``channels`` one for each (Robust-ReID, Eq. 5: p_k). Values below ``eps`` count as it.
+    One p for all channels, or with ``channels`` one for each (Robust-ReID, Eq. 6: p_k). Values below ``eps`` count as it.
     """
 
     def __init__(self, channels: int = 1, p: float = 3.0, eps: float = 1e-6) -> None:
@@ -54,6 +54,10 @@ class L2Neck(nn.Module):
         return F.normalize(x, dim=1)
 
 
+class L2TestNeck(L2Neck):
+    """Vectors of length one for the distances only: both losses read them as they are (HA-CNN, section 3.4)."""
+
+
 def batch_neck(dims: int) -> nn.Module:
     """BNNeck (Luo et al. 2019, "Bag of Tricks", section 3.5): batch norm whose shift stays zero."""
     neck = nn.BatchNorm1d(dims)
@@ -77,6 +81,7 @@ NECKS: dict[str, Callable[[int], nn.Module]] = {
     "batch": batch_neck,
     "layer": nn.LayerNorm,
     "l2": lambda dims: L2Neck(),
+    "l2-test": lambda dims: L2TestNeck(),
 }
 FCS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "norm-relu": norm_relu}
 
@@ -90,6 +95,8 @@ class Branch(NamedTuple):
 
 def branch(features: Tensor, neck: nn.Module) -> Branch:
     """The neck stands between the two losses (Luo et al. 2019; SAFR, section 4.2), but L2 before both (Robust-ReID)."""
+    if isinstance(neck, L2TestNeck):
+        return Branch(features, features)
     after = neck(features)
     return Branch(after if isinstance(neck, L2Neck) else features, after)
 
@@ -178,7 +185,7 @@ class ExitsHead(nn.Module):
 
     def exits(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """What a query that leaves at exit s is compared by: phi_1 .. phi_{S-1}, phi, each B x dims."""
-        after = [b.classified for b in self.branches(maps)]
+        after = [neck(phi) for phi, neck in zip(self.features(maps), self.necks, strict=True)]
         return [*after[:-2], after[-1]]
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -211,14 +218,19 @@ class StreamsHead(nn.Module):
         self.fc_global, self.fc_local = norm_relu(channels, embedding_dim), norm_relu(regions * channels, embedding_dim)
         self.neck_global, self.neck_local = NECKS[neck](embedding_dim), NECKS[neck](embedding_dim)
 
-    def branches(self, maps: tuple[Tensor, Tensor]) -> list[Branch]:
+    def features(self, maps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The global vector and the regions', each B x embedding_dim, before the necks."""
         whole, regions = maps
-        g = self.fc_global(self.pooling_global(whole))  # B x embedding_dim
         pooled = self.pooling_local(regions.flatten(0, 1)).unflatten(0, regions.shape[:2])  # B x R x C
-        return [branch(g, self.neck_global), branch(self.fc_local(pooled.flatten(1)), self.neck_local)]
+        return self.fc_global(self.pooling_global(whole)), self.fc_local(pooled.flatten(1))
+
+    def branches(self, maps: tuple[Tensor, Tensor]) -> list[Branch]:
+        g, regions = self.features(maps)
+        return [branch(g, self.neck_global), branch(regions, self.neck_local)]
 
     def forward(self, maps: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.cat([b.classified for b in self.branches(maps)], dim=1)
+        g, regions = self.features(maps)
+        return torch.cat([self.neck_global(g), self.neck_local(regions)], dim=1)
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {"pooled": PooledHead, "exits": ExitsHead, "streams": StreamsHead}

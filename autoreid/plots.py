@@ -10,19 +10,20 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from autoreid.genotype import Genotype, Node
 from autoreid.runs import write_bytes
@@ -92,6 +93,38 @@ def pareto_all(
     for axes, labels in zip(panels, drawn, strict=True):
         _place(figure, axes, labels)
     return figure
+
+
+def costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Parameters against MACs of the rows of ``autoreid cost``, both axes logarithmic, every model named."""
+    figure = _figure(11, 7.5, layout="constrained")
+    axes = figure.add_subplot()
+    sizes = {"x".join(map(str, row["input"])) for row in rows}
+    axes.set_title("What the models cost", loc="left", fontsize=12)
+    axes.set_xlabel("Parameters (millions), without a classifier", fontsize=10.5)
+    axes.set_ylabel(f"MACs (billions) of one {' or '.join(sorted(sizes)).replace('x', ' x ')} image", fontsize=10.5)
+    x, y = (np.array([row[name] for row in rows]) / scale for name, scale in (("params", 1e6), ("macs", 1e9)))
+    axes.scatter(x, y, color="#33658a", s=36, zorder=3)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis, values, limit in ((axes.xaxis, x, axes.set_xlim), (axes.yaxis, y, axes.set_ylim)):
+        _log_axis(axis, values, limit, 1.8)
+    axes.grid(alpha=0.25, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    names: dict[tuple[float, float], list[str]] = {}
+    for i, row in enumerate(rows):  # models of the very same cost share a label
+        names.setdefault((x[i], y[i]), []).append(row["model"])
+    _place(figure, axes, [(*point, 0.0, ", ".join(alike), False) for point, alike in names.items()])
+    return figure
+
+
+def _log_axis(axis: Axis, values: np.ndarray, limit: Callable[[float, float], object], margin: float) -> None:
+    """A log axis with plain numbers at 1, 2 and 5."""
+    low, high = values.min() / margin, values.max() * margin
+    limit(low, high)
+    axis.set_ticks([t for power in range(-6, 7) for step in (1, 2, 5) if low <= (t := step * 10.0**power) <= high])
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _title(table: pd.DataFrame) -> str:
@@ -172,13 +205,7 @@ def _limits(axes: Axes, x: np.ndarray, y: np.ndarray, spread: np.ndarray) -> Non
     """Axes with room for names around the outermost points; plain numbers on a log axis."""
     if x.min() > 0 and x.max() / x.min() > LOG_FROM:
         axes.set_xscale("log")
-        margin = (x.max() / x.min()) ** 0.16
-        axes.set_xlim(x.min() / margin, x.max() * margin)
-        ticks = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5)]
-        low, high = axes.get_xlim()
-        axes.set_xticks([tick for tick in ticks if low <= tick <= high])
-        axes.minorticks_off()
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _log_axis(axes.xaxis, x, axes.set_xlim, (x.max() / x.min()) ** 0.16)
     else:
         margin = 0.16 * (x.max() - x.min()) or 0.2 * abs(x.max()) or 1.0
         axes.set_xlim(x.min() - margin, x.max() + margin)
@@ -460,3 +487,36 @@ def draw_search(folder: str | Path) -> list[Path]:
     for name, figure in pictures.items():
         save(figure, folder / name)
     return [folder / name for name in pictures]
+
+
+def draw_density(rows_by_model: Mapping[str, Mapping[str, float]], path: str | Path) -> Figure:
+    """Draw the activation density of each model over its depth to ``path``; the figure, too.
+
+    ``rows_by_model`` says for each model its groups' densities (0 to 1), from the input on:
+    ``{row.group: row.density for row in density.activation_density(net, batches)}``. Models of the same groups share
+    their names on the axis and the borders of their stages; others only have their place, L1, L2, ... in common.
+    """
+    longest = max((list(rows) for rows in rows_by_model.values()), key=len)
+    shared = all(list(rows) == longest for rows in rows_by_model.values())
+    figure = _figure(max(6.4, 0.42 * len(longest) + 1.6), 4.4, layout="constrained")
+    axes = figure.add_subplot()
+    for (model, rows), colour in zip(rows_by_model.items(), itertools.cycle(COLOURS), strict=False):
+        percent = [100 * density for density in rows.values()]
+        axes.plot(range(1, len(rows) + 1), percent, color=colour, marker="o", markersize=4.5, linewidth=1.6, label=model)
+    stages = [group.split(".")[0] for group in longest]
+    for i in range(1, len(longest)):
+        if shared and stages[i] != stages[i - 1]:
+            axes.axvline(i + 0.5, color=GREY, linewidth=0.7, linestyle=":", zorder=1)
+    places = range(1, len(longest) + 1)
+    axes.set_xticks(places, [group.removeprefix("stage") for group in longest] if shared else [f"L{i}" for i in places])
+    axes.set_xlim(0.5, len(longest) + 0.5)
+    axes.set_ylim(0, 102)  # a share of all: the whole of it is shown, so that no difference looks larger than it is
+    axes.set_title("Activation density over the depth", loc="left", fontsize=12)
+    axes.set_xlabel(f"{'stage.group' if shared and '.' in longest[-1] else 'groups'}, from the input on", fontsize=10.5)
+    axes.set_ylabel("activations that are not zero (%)", fontsize=10.5)
+    axes.grid(alpha=0.25, linewidth=0.7, axis="y")
+    axes.tick_params(labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(4, len(rows_by_model)), fontsize=9.5, frameon=False)
+    save(figure, path)
+    return figure

@@ -1,4 +1,4 @@
-"""The recipe: how a network is trained, as one value with a key; and the recipes of the seed papers by name.
+"""The recipe: how a network is trained, as one value with a key; and the papers' own recipes by name.
 
 A searched and a hand-designed network can only be compared when both were trained alike, so the key of the recipe stands
 in every result. Each paper's own recipe is here to reproduce that paper; its comment says what the paper leaves open and
@@ -163,13 +163,13 @@ RECIPES: dict[str, Recipe] = {
         input=(384, 128), lr=3.5e-3, epochs=240, warmup_epochs=0, schedule="step", milestones=(80, 150), identities=8,
         ce_weight=0.5, triplet_weight=0.5, label_smoothing=0.0, erase=0.0,
     ),
-    # SAFR (seed 000), sections 4.2 and 5.1: batch 18 x 4, 350 x 350 (--input 224x224 for safr-micro), warm-up over 10
-    # epochs, center loss x 0.0005. Optimiser, rate, decay, epochs and margin are not in the paper: those of the authors'
+    # SAFR (Suprem et al. 2020), sections 4.2 and 5.1: batch 18 x 4, 350 x 350 (--input 224x224 for safr-micro), warm-up
+    # over 10 epochs, center loss x 0.0005. Optimiser, rate, decay, epochs and margin are not in the paper: those of the authors'
     # predecessor (AdamW, 1e-4, x 0.6 every 10 epochs). The baseline has no center loss.
     "safr": _SAFR,
     "safr-baseline": replace(_SAFR, center_weight=0.0),
     "safr-literal": replace(_SAFR, literal_smoothing=True),
-    # Robust-ReID (ICCV 2021), section 4: Eq. 1's rates (t counts from 1: epoch 0 has a tenth), 8 x 4, 160 x 64.
+    # Robust-ReID (Lawen et al. 2019), section 4: Eq. 1's rates (t counts from 1: epoch 0 has a tenth), 8 x 4, 160 x 64.
     # Momentum and decay are not in the paper: 0.9 and HA-CNN's 5e-4. The recipe of every column of its Table 2 has the
     # column's name: a without a triplet, d with the hinge, g and full with SWAG.
     "robust-reid": _ROBUST,

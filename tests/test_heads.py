@@ -84,9 +84,11 @@ def test_l2_comes_before_both_losses_and_the_other_necks_between_them():
             net = ReIDNet(Maps(), neck=neck, **head).train()
             for b in net.branches(images):
                 same = torch.equal(b.metric, b.classified)
-                assert same == (neck in ("none", "l2"))
-                if neck == "l2":
-                    torch.testing.assert_close(b.metric.norm(dim=1), torch.ones(4))
+                assert same == (neck in ("none", "l2", "l2-test"))
+                assert torch.allclose(b.metric.norm(dim=1), torch.ones(4)) == (neck == "l2")
+            if neck in ("l2", "l2-test"):
+                streams = net.eval()(images).chunk(2, dim=1) if "embedding_dim" in head else [net.eval()(images)]
+                assert all(torch.allclose(v.norm(dim=1), torch.ones(4)) for v in streams)
 
 
 def test_the_embedding_is_what_the_classifier_reads():
@@ -104,7 +106,7 @@ def test_dares_heads_have_the_papers_parameters():
 @pytest.mark.parametrize(("head", "options", "words"), [
     ("pool", {}, "unknown head 'pool'; did you mean 'pooled'? known: exits, pooled, streams"),
     ("pooled", {"pooling": "sum"}, "unknown pooling 'sum'; known: average, gem, gem-channel, max"),
-    ("pooled", {"neck": "bn"}, "unknown neck 'bn'; known: batch, l2, layer, none"),
+    ("pooled", {"neck": "bn"}, "unknown neck 'bn'; known: batch, l2, l2-test, layer, none"),
     ("pooled", {"fc": "relu"}, "unknown fc 'relu'; did you mean 'norm-relu'? known: linear, norm-relu"),
     ("pooled", {"dropout": 1.0}, "dropout is 1.0; allowed: from 0 to below 1"),
     ("exits", {"hidden": 0}, "hidden is 0; allowed: 1 or more"),

@@ -334,3 +334,39 @@ def test_a_search_is_drawn_from_its_records(tmp_path):
     for path in written:
         with Image.open(path) as picture:
             assert picture.format == "PNG"
+
+
+# ---------------------------------------------------------------------------------------- activation density
+def test_densities_of_the_same_groups_share_their_names(tmp_path):
+    groups = ["stem", "stage1.1", "stage1.2", "stage2.1"]
+    rows = {"baseline": dict(zip(groups, [0.25, 0.5, 0.75, 1.0])), "attended": dict(zip(groups, [0.6, 0.5, 0.4, 0.3]))}
+    figure = plots.draw_density(rows, tmp_path / "density.png")
+    (axes,) = figure.axes
+    drawn = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert list(drawn) == ["baseline", "attended"]
+    assert drawn["baseline"].get_xdata().tolist() == [1, 2, 3, 4]
+    assert drawn["baseline"].get_ydata().tolist() == pytest.approx([25, 50, 75, 100])
+    assert drawn["attended"].get_ydata().tolist() == pytest.approx([60, 50, 40, 30])
+    assert drawn["attended"].get_color() != drawn["baseline"].get_color()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["stem", "1.1", "1.2", "2.1"]
+    borders = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+    assert borders == [1.5, 3.5]
+    assert axes.get_ylim() == (0, 102) and "not zero (%)" in axes.get_ylabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["baseline", "attended"]
+    with Image.open(tmp_path / "density.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_densities_of_unlike_models_share_their_places_only(tmp_path):
+    rows = {"a": {"stem": 0.5, "stage1.1": 0.4}, "b": {"stem": 0.5, "stage1.1": 0.3, "stage2.1": 0.2}}
+    (axes,) = plots.draw_density(rows, tmp_path / "density.png").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["L1", "L2", "L3"]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[1, 2], [1, 2, 3]]
+
+
+def test_the_names_of_a_deep_model_s_groups_are_apart(tmp_path):
+    names = ["stem", *(f"stage{i}.{j}" for i, blocks in enumerate((3, 4, 6, 3), 1) for j in range(1, blocks + 1))]
+    rows = {f"some_network_x{i}": dict.fromkeys(names, 0.1 * i) for i in range(1, 7)}
+    figure = plots.draw_density(rows, tmp_path / "density.png")
+    assert_apart(figure.axes[0].get_xticklabels(), figure)
+    assert_apart(figure.legends[0].get_texts(), figure)

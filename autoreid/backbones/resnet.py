@@ -17,10 +17,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from autoreid.errors import UserError
 
-IMAGENET = {  # torchvision's weights, by our models' names; V2 is the same network under a longer recipe
+IMAGENET = {  # torchvision's weights, by our models' names; V1, which the papers start from
     "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
     "resnet34": "ResNet34_Weights.IMAGENET1K_V1",
-    "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
+    "resnet50": "ResNet50_Weights.IMAGENET1K_V1",
 }
 
 
