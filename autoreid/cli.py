@@ -295,7 +295,7 @@ def retrain(args: argparse.Namespace) -> None:
     recipe = find_recipe(args.recipe or _preset(args.dataset), for_recipe)
     path, result = run_retrain(
         spec, args.dataset, recipe, args.out, root=args.root, seed=args.seed, device=_device(args.device),
-        workers=args.workers, views=args.views or (2 if args.flip else None), init=args.init,
+        workers=args.workers, views=_view_count(args), init=args.init,
         resume=args.resume, overwrite=args.overwrite, name=args.name,
     )
     _figures(args, result, f"{_metrics_line(result)}\nresult in {path}")
@@ -319,12 +319,12 @@ def evaluate(args: argparse.Namespace) -> None:
         raise unknown("protocol", args.protocol, PROTOCOLS)
     if args.out and Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out} is there already: add --overwrite to replace it, or give another --out")
-    device = _device(args.device)
+    device, views = _device(args.device), _view_count(args)
     net, metadata = load_weights(args.weights)
     spec = ModelSpec.from_dict(metadata["model"])
     splits, size = data.load(args.dataset, args.root), tuple(metadata["input"])
     result = measure(net.to(device), spec, spec.label, splits, size, device=device,
-                     views=args.views or (2 if args.flip else 1), protocol=args.protocol)
+                     views=1 if views is None else views, protocol=args.protocol)
     result.update({"recipe": metadata["recipe"], "seed": metadata["seed"], "init": metadata["init"],
                    "trained_on": metadata["dataset"], "environment": environment()})
     if args.out:
@@ -477,6 +477,12 @@ def _metrics_line(result: dict[str, Any]) -> str:
         f"{100 * cmc['10']:.1f} %, mINP {100 * result['mINP']:.1f} %, trapezoid mAP {100 * result['mAP_trapezoid']:.1f} "
         f"%, {queries['scored']} of {queries['total']} queries scored{how}"
     )
+
+
+def _view_count(args: argparse.Namespace) -> int | None:
+    if args.flip and args.views not in (None, 2):
+        raise UserError(f"--flip means --views 2, and --views {args.views} is given: leave one of them out")
+    return 2 if args.flip else args.views
 
 
 def _counted(number: int, noun: str) -> str:

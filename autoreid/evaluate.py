@@ -17,8 +17,7 @@ from autoreid.data import Sample
 from autoreid.errors import UserError
 from autoreid.loading import enlarged, load_images, normalise
 from autoreid.metrics import Protocol, RetrievalMetrics, retrieval_metrics
-
-VIEWS = (1, 2, 10)
+from autoreid.recipe import require_views
 
 
 def extract(
@@ -38,8 +37,7 @@ def extract(
     """
     if not samples:
         raise UserError("there are no images to extract features from; check the dataset with `autoreid data NAME`")
-    if views not in VIEWS:
-        raise UserError(f"views={views}: allowed is 1 (the picture), 2 (its mirror image too) or 10 (five crops, mirrored)")
+    require_views(views)
     read = enlarged(size, 1.125) if views == 10 else size
     modes = [(module, module.training) for module in net.modules()]
     groups = [samples[i : i + batch] for i in range(0, len(samples), batch)]

@@ -184,7 +184,8 @@ def load_image(path: str, size: tuple[int, int]) -> Tensor:
 
 def load_images(samples: Sequence[Sample], size: tuple[int, int]) -> Tensor:
     """The images of the samples as one B x 3 x H x W uint8 batch, for evaluation."""
-    images = torch.empty(len(samples), 3, *size, dtype=torch.uint8)
+    with torch.inference_mode(False):  # the caller's inference mode does not reach the threads that write here
+        images = torch.empty(len(samples), 3, *size, dtype=torch.uint8)
 
     def fill(i: int) -> None:
         images[i] = load_image(samples[i].path, size)

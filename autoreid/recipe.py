@@ -21,6 +21,10 @@ TRIPLETS = ("batch-hard", "batch-soft")
 VIEWS = (1, 2, 10)
 
 
+def require_views(views: int) -> None:
+    require(views in VIEWS, "views", views, "1 (the picture), 2 (its mirror image too) or 10 (five crops, mirrored)")
+
+
 def _later(default: Any) -> Any:
     """A field that older recipes do not have: it enters the key only where it differs from its default, so that a
     result keeps its key when a new possibility comes that it does not use."""
@@ -102,7 +106,7 @@ class Recipe:
         )
         require(self.ce_weight > 0 or self.triplet_weight > 0, "ce_weight, triplet_weight",
                 (self.ce_weight, self.triplet_weight), "at least one above 0")
-        require(self.views in VIEWS, "views", self.views, "1, 2 (with the mirror image) or 10 (five crops, mirrored)")
+        require_views(self.views)
         require(self.schedule == "cosine" or bool(self.milestones), "milestones", self.milestones,
                 f"at least one with the schedule {self.schedule}")
 
@@ -164,8 +168,8 @@ RECIPES: dict[str, Recipe] = {
         ce_weight=0.5, triplet_weight=0.5, label_smoothing=0.0, erase=0.0,
     ),
     # SAFR (Suprem et al. 2020), sections 4.2 and 5.1: batch 18 x 4, 350 x 350 (--input 224x224 for safr-micro), warm-up
-    # over 10 epochs, center loss x 0.0005. Optimiser, rate, decay, epochs and margin are not in the paper: those of the authors'
-    # predecessor (AdamW, 1e-4, x 0.6 every 10 epochs). The baseline has no center loss.
+    # over 10 epochs, center loss x 0.0005. Optimiser, rate, decay, epochs and margin are not in the paper: those of the
+    # authors' predecessor (AdamW, 1e-4, x 0.6 every 10 epochs). The baseline has no center loss.
     "safr": _SAFR,
     "safr-baseline": replace(_SAFR, center_weight=0.0),
     "safr-literal": replace(_SAFR, literal_smoothing=True),

@@ -26,7 +26,7 @@ from autoreid.losses import LOSSES, CenterLoss, smoothed_cross_entropy
 from autoreid.network import ModelSpec, save_weights
 from autoreid.options import read_json, require
 from autoreid.pretrained import load_imagenet
-from autoreid.recipe import Recipe
+from autoreid.recipe import Recipe, require_views
 from autoreid.runs import (
     Run,
     environment,
@@ -228,7 +228,8 @@ def retrain(
     splits = data.load(dataset, root)  # names only: a missing query folder is better found before the training
     samples = splits.train
     genotype = spec.genotype.key() if spec.genotype else None  # where it came from is not the question
-    views = views or recipe.views
+    views = recipe.views if views is None else views
+    require_views(views)  # now, not after the training
     config = {
         "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
         "init": init, "views": views, "device": device, "train_images": len(samples),

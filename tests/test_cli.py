@@ -13,6 +13,7 @@ import numpy as np
 import planted
 import pytest
 import torch
+import torchvision
 
 from autoreid.cli import COMMANDS, build_parser, main
 from autoreid.space import SearchSpace
@@ -79,8 +80,8 @@ def test_the_names_in_the_help_texts_are_the_tables(capsys):
 # ---------------------------------------------------------------------------------------- mistakes, word by word
 def test_unknown_names(capsys, tmp_path, cache):
     assert words(capsys, "serch") == (
-        "autoreid: unknown command 'serch'; did you mean 'search'? known: compare, cost, data, demo, evaluate, retrain, "
-        "score, search, tune"
+        "autoreid: unknown command 'serch'; did you mean 'search'? known: compare, cost, data, demo, density, evaluate, "
+        "retrain, score, search, tune"
     )
     assert words(capsys, "search", "--dataset", "markt").startswith(
         "autoreid: unknown dataset 'markt'; did you mean 'market'?")
@@ -437,7 +438,76 @@ def test_cost_counts_named_models(capsys):
     assert main(["cost", "darts-v2", "resnet50", "--input", "384x128", "--no-latency", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["params"] for row in rows] == [9_016_367 - 2048 * 751 - 751 + 2048, 25_046_831 - 2048 * 751 - 751 + 2048]
-    assert set(rows[0]) == {"model", "input", "params", "macs", "macs_all", "activation_bytes", "latency_ms"}
+    assert set(rows[0]) == {"model", "input", "params", "macs", "flops", "macs_all", "activation_bytes", "latency_ms"}
+    assert all(row["flops"] == 2 * row["macs"] for row in rows)
+
+
+def test_cost_of_all_models_leaves_out_what_the_size_does_not_fit_and_draws(capsys, tmp_path, monkeypatch):
+    names = ["densenet201", "osnet-x0.25", "resnet18", "safr-fig5-all"]
+    monkeypatch.setattr("autoreid.network.known_models", lambda: names)
+    picture = tmp_path / "cost.png"
+    assert main(["cost", "--input", "30x30", "--no-latency", "--json", "--picture", str(picture)]) == 0
+    out, err = capsys.readouterr()
+    assert [row["model"] for row in json.loads(out)] == ["osnet-x0.25", "resnet18"]  # an ablation is counted when named
+    assert "densenet201: left out: " in err and "32" in err and picture.read_bytes().startswith(b"\x89PNG")
+    assert words(capsys, "cost", "densenet201", "--input", "30x30").startswith(
+        "autoreid: densenet: the picture is 30 x 30; both sides must be 32 pixels or more")
+    assert words(capsys, "cost", "resnet18", "--picture", "cost.pdf") == (
+        "autoreid: --picture cost.pdf: give the name of a .png file")
+
+
+@pytest.mark.parametrize(("model", "options", "dims", "recipe"), [
+    ("dare-r50", ["width=4", "hidden=8", "embedding_dim=6"], 6, "dare"),
+    ("ha-cnn", ["channels=8,8,8", "embedding_dim=6"], 12, "robust-reid-swag"),
+    ("safr-small", ["width=8"], 64, "safr"),
+])
+def test_models_of_every_head_by_their_own_recipe(market, tmp_path, capsys, monkeypatch, model, options, dims, recipe):
+    """Retrained, evaluated from the weights alone, and compared: the same figures each time."""
+    monkeypatch.chdir(tmp_path)
+    data, small = ["--dataset", "market", "--root", str(market)], ["--input", "32x16", "--set", "identities=4"]
+    swag = ["--set", "swag_cycles=2", "--set", "swag_epochs=1"] if recipe == "robust-reid-swag" else []
+    sets = [word for option in options for word in ("--set", option)]
+    argv = ["retrain", model, *data, "--recipe", recipe, *small, *swag, *sets, "--epochs", "1", "--name", "n", "--json"]
+    assert main(argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["embedding"]["dims"] == dims and result["views"] == (10 if recipe == "dare" else 1)
+    again = ["evaluate", "results/market/n-s0.safetensors", *data, "--views", str(result["views"]), "--json"]
+    assert main(again) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert (evaluated["mAP"], evaluated["params"]) == (result["mAP"], result["params"])
+    assert main(["compare", "results/market", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["mAP_mean"] == pytest.approx(result["mAP"], abs=1e-9)
+
+
+def test_density_of_fresh_and_of_trained_networks(market, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--dataset", "market", "--root", str(market)]
+    assert main(["retrain", "resnet18", *data, *RECIPE, "--epochs", "1", "--set", "width=4", "--name", "r"]) == 0
+    capsys.readouterr()
+    density = ["density", "results/market/r-s0.safetensors", *data, "--images", "8", "--json"]
+    assert main([*density, "--picture", "d.png"]) == 0
+    groups = json.loads(capsys.readouterr().out)["r-s0"]
+    assert list(groups) == ["stem", *(f"stage{s}.{b}" for s in (1, 2, 3, 4) for b in (1, 2))]
+    assert all(0 < value < 1 for value in groups.values()) and (tmp_path / "d.png").stat().st_size > 1000
+    assert main(["density", "darts-v2", *data, "--images", "4", "--input", "32x32", "--set", "channels=2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out)["darts-v2-channels2"])[-1] == "stage4" and "fresh weights" in err
+    assert words(capsys, "density", "resnet18", *data, "--images", "0") == "autoreid: --images 0: give at least 1"
+    assert words(capsys, "density", "gone.safetensors", *data).startswith("autoreid: no weights at gone.safetensors")
+
+
+def test_retrain_from_imagenet_weights_in_a_file(market, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(torchvision.models.resnet18().state_dict(), "r18.pth")
+    retrain = ["retrain", "resnet18", "--dataset", "market", "--root", str(market), *RECIPE, "--epochs", "1", "--json"]
+    assert main([*retrain, "--init", "r18.pth", "--views", "10"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["init"], result["views"], result["flip"]) == ("r18.pth", 10, True)
+    assert words(capsys, *retrain, "--init", "gone.pth", "--overwrite").startswith(
+        "autoreid: --init gone.pth: no such file;")
+    assert words(capsys, *retrain, "--views", "3", "--overwrite") == (
+        "autoreid: views=3: allowed is 1 (the picture), 2 (its mirror image too) or 10 (five crops, mirrored)")
+    assert json.loads((tmp_path / "results/market/resnet18-s0.json").read_text()) == result  # neither mistake touched it
 
 
 def test_score_of_features_made_by_anything(tmp_path, capsys):

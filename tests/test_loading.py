@@ -251,4 +251,6 @@ def test_load_images_keeps_the_order_and_makes_grey_images_rgb(tmp_path):
         Image.new("L", (12, 24), value).save(tmp_path / f"{value}.png")
     images = load_images([Sample(str(tmp_path / f"{v}.png"), 1, 1) for v in (200, 10)], SIZE)
     assert images.dtype == torch.uint8 and images.shape == (2, 3, *SIZE)
+    with torch.inference_mode():
+        assert load_images([Sample(str(tmp_path / "10.png"), 1, 1)], SIZE).shape == (1, 3, *SIZE)
     assert images[0].unique().tolist() == [200] and images[1].unique().tolist() == [10]

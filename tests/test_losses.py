@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoreid import recipe
 from autoreid.errors import UserError
 from autoreid.losses import (
     LOSSES,
@@ -34,6 +35,7 @@ def test_the_gradient_at_distance_zero_is_zero():
 
 
 def test_the_table_of_losses():
+    assert tuple(LOSSES) == recipe.TRIPLETS
     assert dict(LOSSES) == {"batch-hard": batch_hard_triplet, "batch-soft": batch_soft_triplet}
 
 
