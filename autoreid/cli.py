@@ -15,14 +15,20 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from autoreid.errors import UserError, unknown
 from autoreid.recipe import RECIPES
 from autoreid.runs import say
 from autoreid.version import __version__
 
+if TYPE_CHECKING:
+    from autoreid.evaluate import Evaluation
+
 COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "density", "tune", "compare")
+# Spelled out, because the help must not import numpy.
+PROTOCOL_NAMES = ("market1501, msmt17, cuhk03-np, cuhk03-classic, veri, vehicleid/test-800 (-1600, -2400, -3200, -6000, "
+                  "-13164), vric, veri-wild, mars or plain")
 GLOBAL_OPTIONS = ("-h", "--help", "--version")
 
 
@@ -70,7 +76,9 @@ def whole(text: str) -> int:
 
 
 def _dataset(p: Parser, positional: bool = False) -> None:
-    text = "market, veri, drawn-people[-tiny|-market] or drawn-vehicles[-tiny|-market]"
+    text = ("market, market+500k, msmt17[/train+val], cuhk03[/labeled|/detected-classic-N], duke, mars, veri, "
+            "vehicleid[/test-N], veri-wild[/test-N], vric, folder, csv, drawn-people[-tiny|-market] or "
+            "drawn-vehicles[-tiny|-market]; market+msmt17 trains on both and tests on the first")
     if positional:
         p.add_argument("dataset", metavar="NAME", help=text)
     else:
@@ -99,10 +107,27 @@ def _training(p: Parser) -> None:
                    help="any other field, repeated for several; a KEY that is none lists them all")
 
 
+def _evaluation(p: Parser) -> None:
+    """What retrain's and evaluate's figures may differ in beside the views."""
+    p.add_argument("--rerank", nargs="?", const="20,6,0.3", metavar="K1,K2,LAMBDA", help="k-reciprocal re-ranking, by "
+                   "default with the paper's 20,6,0.3: all queries are used together")
+    p.add_argument("--expand", nargs="?", const="10,3", metavar="K,ALPHA", help="query expansion over the K nearest, "
+                   "weights similarity^ALPHA (0: the plain mean)")
+    p.add_argument("--denominator", default="scored", metavar="NAME", help="of the means over queries: scored, or all "
+                   "(a query without a match counts as zero)")
+    p.add_argument("--frames", default="mean", metavar="NAME", help="a tracklet's feature over its frames': mean or max")
+    p.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read, and count them")
+
+
 def _views(p: Parser, default: str) -> None:
     p.add_argument("--flip", action="store_true", help="average in the mirror image: --views 2")
     p.add_argument("--views", type=whole, metavar="N", help="of a picture, whose features are averaged: 1, 2 (its mirror "
                    f"image too) or 10 (five crops, mirrored); default {default}")
+
+
+def _cache(p: Parser) -> None:
+    p.add_argument("--cache", metavar="DIR", help="keep decoded and resized pictures in a file here, shared by all runs; "
+                   "default: in memory where they fit in 1 GiB")
 
 
 def _json(p: Parser) -> None:
@@ -143,6 +168,7 @@ def build_parser() -> Parser:
     p.add_argument("--arch-loss", metavar="NAME", help="what updates the architecture weights: triplet, retrieval or ce "
                    "(the last two need --set split=image); default triplet")
     _training(p)
+    _cache(p)
     _running(p, "searches")
     _json(p)
 
@@ -157,7 +183,10 @@ def build_parser() -> Parser:
                    "weights, downloaded or already on this machine, or from a file of such weights")
     p.add_argument("--match", metavar="GENOTYPE.json", help="build the model in the size of this searched one")
     p.add_argument("--name", help="what to call the result, instead of the model's name")
+    p.add_argument("--test", metavar="NAME", help="evaluate on another dataset than the one that is trained on")
     _views(p, "the recipe's, mostly 1")
+    _evaluation(p)
+    _cache(p)
     _training(p)
     _running(p, "results")
     _json(p)
@@ -166,10 +195,13 @@ def build_parser() -> Parser:
                 "autoreid evaluate results/market/resnet50-s0.safetensors --dataset market --root ~/data", evaluate)
     p.add_argument("weights", metavar="WEIGHTS", help="a .safetensors file that retrain wrote")
     _dataset(p)
-    p.add_argument("--protocol", metavar="NAME", help="market1501, veri or plain; default the dataset's own")
+    p.add_argument("--protocol", metavar="NAME", help=f"{PROTOCOL_NAMES}; default the dataset's own")
     _views(p, "1")
-    p.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking (not here yet: it comes with the issue "
-                   "'Real datasets, honest protocols, and the fastest exact evaluation there is')")
+    _evaluation(p)
+    p.add_argument("--ranked", metavar="FILE.png", help="also draw ranked lists: green a match, red another identity, "
+                   "grey junk")
+    p.add_argument("--queries", default="worst", metavar="worst|PATH,...", help="whose lists are drawn: those with the "
+                   "lowest average precision, or the queries whose path ends so")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--out", metavar="FILE", help="also write the result JSON here")
     p.add_argument("--overwrite", action="store_true", help="replace the file at --out")
@@ -179,8 +211,11 @@ def build_parser() -> Parser:
                 "autoreid score query.npz gallery.npz --protocol market1501", score)
     p.add_argument("query", metavar="QUERY.npz", help="features N x D float, identities N int, cameras N int")
     p.add_argument("gallery", metavar="GALLERY.npz", help="the same of the gallery")
-    p.add_argument("--protocol", default="market1501", metavar="NAME", help="market1501, veri or plain (no cameras)")
+    p.add_argument("--protocol", default="market1501", metavar="NAME", help=f"{PROTOCOL_NAMES} (plain: no cameras)")
     p.add_argument("--metric", default="euclidean", metavar="NAME", help="euclidean or cosine")
+    p.add_argument("--denominator", default="scored", metavar="NAME", help="of the means over queries: scored, or all "
+                   "(a query without a match counts as zero)")
+    p.add_argument("--rerank", nargs="?", const="20,6,0.3", metavar="K1,K2,LAMBDA", help="k-reciprocal re-ranking first")
     _json(p)
 
     p = command("cost", "parameters, MACs, activation memory and latency of models",
@@ -249,7 +284,7 @@ def check_data(args: argparse.Namespace) -> int:
 def search(args: argparse.Namespace) -> None:
     from autoreid import data
     from autoreid.plots import draw_search
-    from autoreid.runs import Run, command
+    from autoreid.runs import Run, command, folder_name
     from autoreid.search import find_settings, search_config
     from autoreid.search import search as run_search
     from autoreid.space import SearchSpace
@@ -262,11 +297,11 @@ def search(args: argparse.Namespace) -> None:
     settings = find_settings(args.preset or _preset(args.dataset), changes)
     space, device = SearchSpace.load(args.space), _device(args.device)
     samples = data.load(args.dataset, args.root, parts=("train",)).train
-    folder = Path(args.out) / f"{args.dataset}-{space.name}-{settings.method}-s{args.seed}"
+    folder = Path(args.out) / f"{folder_name(args.dataset)}-{space.name}-{settings.method}-s{args.seed}"
     run = Run(folder, search_config(args.dataset, space, settings, args.seed, device, len(samples)),
               resume=args.resume, overwrite=args.overwrite)
     provenance = _provenance(command(), args.dataset, settings.method, args.seed)
-    result = run_search(space, samples, settings, run, args.seed, device, args.workers, provenance)
+    result = run_search(space, samples, settings, run, args.seed, device, args.workers, provenance, args.cache)
     draw_search(folder)
     figures = {
         "genotype": str(folder / "genotype.json"), "key": result.genotype.key(), "val_mAP": result.val_mAP,
@@ -294,8 +329,8 @@ def retrain(args: argparse.Namespace) -> None:
         raise
     recipe = find_recipe(args.recipe or _preset(args.dataset), for_recipe)
     path, result = run_retrain(
-        spec, args.dataset, recipe, args.out, root=args.root, seed=args.seed, device=_device(args.device),
-        workers=args.workers, views=_view_count(args), init=args.init,
+        spec, args.dataset, recipe, args.out, root=args.root, test=args.test, seed=args.seed,
+        device=_device(args.device), workers=args.workers, how=_how(args), init=args.init, cache=args.cache,
         resume=args.resume, overwrite=args.overwrite, name=args.name,
     )
     _figures(args, result, f"{_metrics_line(result)}\nresult in {path}")
@@ -310,33 +345,36 @@ def evaluate(args: argparse.Namespace) -> None:
     from autoreid.train import measure
 
     _threads()
-    if args.rerank:
-        raise UserError(
-            "--rerank is not here yet: it comes with the issue 'Real datasets, honest protocols, and the fastest exact "
-            "evaluation there is'; evaluate without it"
-        )
     if args.protocol is not None and args.protocol not in PROTOCOLS:
         raise unknown("protocol", args.protocol, PROTOCOLS)
     if args.out and Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out} is there already: add --overwrite to replace it, or give another --out")
-    device, views = _device(args.device), _view_count(args)
+    if args.ranked and not args.ranked.endswith(".png"):
+        raise UserError(f"--ranked {args.ranked}: give the name of a .png file")
+    device, how = _device(args.device), _how(args)
     net, metadata = load_weights(args.weights)
     spec = ModelSpec.from_dict(metadata["model"])
-    splits, size = data.load(args.dataset, args.root), tuple(metadata["input"])
-    result = measure(net.to(device), spec, spec.label, splits, size, device=device,
-                     views=1 if views is None else views, protocol=args.protocol)
+    splits, size = data.load(args.dataset, args.root, parts=("query", "gallery")), tuple(metadata["input"])
+    result = measure(net.to(device), spec, spec.label, splits, size, device=device, how=how,
+                     protocol=args.protocol)
+    result["split"] = f"{len(splits.query)} query, {len(splits.gallery)} gallery images"
     result.update({"recipe": metadata["recipe"], "seed": metadata["seed"], "init": metadata["init"],
                    "trained_on": metadata["dataset"], "environment": environment()})
     if args.out:
         write_json(args.out, result)
+    if args.ranked:
+        _draw_ranked(args, net, splits, size, device)
     _figures(args, result, _metrics_line(result))
     _next(f"autoreid cost {spec.name} --input {metadata['input'][0]}x{metadata['input'][1]}")
 
 
 def score(args: argparse.Namespace) -> None:
+    from autoreid.evaluate import Evaluation
     from autoreid.metrics import score as run_score
 
-    metrics = run_score(args.query, args.gallery, args.protocol, args.metric).to_dict()
+    rerank = _numbers("--rerank", args.rerank, "K1,K2,LAMBDA as in 20,6,0.3", (int, int, float))
+    Evaluation(rerank=rerank, denominator=args.denominator).check(args.protocol)
+    metrics = run_score(args.query, args.gallery, args.protocol, args.metric, args.denominator, rerank).to_dict()
     _figures(args, metrics, _metrics_line({**metrics, "queries": metrics}))
     _next("autoreid search --help")
 
@@ -471,18 +509,68 @@ def _root(args: argparse.Namespace) -> str:
 
 def _metrics_line(result: dict[str, Any]) -> str:
     cmc, queries = result["cmc"], result["queries"]
-    how = f" ({result['protocol']}, {_counted(result['views'], 'view')})" if "views" in result else ""
+    how = [result["protocol"], _counted(result["views"], "view")] if "views" in result else [result["protocol"]]
+    how += [name for name in ("rerank", "expand") if result.get(name)]
+    if result["std"] is not None:
+        std = result["std"]
+        how.append(f"mean of {result['repeats']} draws of the gallery, mAP ± {100 * std['mAP']:.1f}, rank-1 ± "
+                   f"{100 * std['cmc']['1']:.1f}")
+    if result["unreadable"]:
+        how.append(_counted(result["unreadable"], "unreadable image") + " left out")
     return (
         f"mAP {100 * result['mAP']:.1f} %, rank-1 {100 * cmc['1']:.1f} %, rank-5 {100 * cmc['5']:.1f} %, rank-10 "
         f"{100 * cmc['10']:.1f} %, mINP {100 * result['mINP']:.1f} %, trapezoid mAP {100 * result['mAP_trapezoid']:.1f} "
-        f"%, {queries['scored']} of {queries['total']} queries scored{how}"
+        f"%, {queries['scored']} of {queries['total']} queries {'counted' if result['denominator'] == 'all' else 'scored'} "
+        f"({', '.join(how)})"
     )
 
 
-def _view_count(args: argparse.Namespace) -> int | None:
+def _how(args: argparse.Namespace) -> Evaluation:
+    """The evaluation that retrain's and evaluate's options describe."""
+    from autoreid.evaluate import Evaluation
+
     if args.flip and args.views not in (None, 2):
         raise UserError(f"--flip means --views 2, and --views {args.views} is given: leave one of them out")
-    return 2 if args.flip else args.views
+    views = 2 if args.flip else 1 if args.views is None else args.views
+    rerank = _numbers("--rerank", args.rerank, "K1,K2,LAMBDA as in 20,6,0.3", (int, int, float))
+    expand = _numbers("--expand", args.expand, "K,ALPHA as in 10,3", (int, float))
+    return Evaluation(views, args.frames, rerank, expand, args.denominator, args.skip_unreadable)
+
+
+def _numbers(option: str, text: str | None, example: str, kinds: Sequence[type]) -> Any:
+    """The numbers of an option's text, or None where it is not given."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for kind, part in zip(kinds, text.split(","), strict=True))
+    except ValueError:
+        raise UserError(f"{option} {text}: give {example}") from None
+
+
+def _draw_ranked(args: argparse.Namespace, net: Any, splits: Any, size: tuple[int, int], device: str) -> None:
+    """Lists of the worst queries, or of those that the user names by the end of their path, as a picture."""
+    from autoreid.evaluate import extract
+    from autoreid.plots import ranked_lists as draw
+    from autoreid.plots import save
+    from autoreid.ranked import ranked_lists
+
+    chosen = None
+    if args.queries != "worst":
+        chosen = []
+        for name in args.queries.split(","):
+            found = [i for i, sample in enumerate(splits.query) if sample.path.endswith(name)]
+            if not found:
+                raise UserError(f"--queries {name}: no query's path ends so; the first query is {splits.query[0].path}")
+            chosen += found
+    sides = (splits.query, splits.gallery)
+    query, gallery = (extract(net, side, size, device, pooling=args.frames) for side in sides)
+    (asked, asking), (answered, answering) = (([s.identity for s in side], [s.camera for s in side]) for side in sides)
+    lists = ranked_lists(
+        query, asked, asking, gallery, answered, answering, args.protocol or splits.protocol, chosen
+    )
+    what = "the worst queries" if chosen is None else "chosen queries"
+    save(draw(lists, splits.query, splits.gallery, f"{Path(args.weights).stem} on {splits.name}: {what}"), args.ranked)
+    say(f"ranked lists: {args.ranked}")
 
 
 def _counted(number: int, noun: str) -> str:

@@ -6,18 +6,71 @@ Query and gallery speak once, at the end. Whatever is chosen on the way (a recip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from autoreid.data import Sample
-from autoreid.errors import UserError
+from autoreid.errors import UserError, unknown
 from autoreid.loading import enlarged, load_images, normalise
-from autoreid.metrics import Protocol, RetrievalMetrics, retrieval_metrics
+from autoreid.metrics import DENOMINATORS, Protocol, RetrievalMetrics, find_protocol, retrieval_metrics
 from autoreid.recipe import require_views
+from autoreid.rerank import check_expand, check_rerank, expand_queries
+
+POOLINGS = ("mean", "max")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the figures of one network on one dataset may differ in; a result records all of it.
+
+    ``views`` of a picture and ``frames`` of a tracklet: see :func:`extract`. ``rerank`` (k1, k2, lambda):
+    ``rerank.reranked_blocks``; ``expand`` (k, alpha): ``rerank.expand_queries``, before it. ``denominator`` "scored" or
+    "all": see ``metrics.RetrievalMetrics``. ``skip_unreadable`` leaves pictures out that cannot be read, and counts them.
+    """
+
+    views: int = 1
+    frames: str = "mean"
+    rerank: tuple[int, int, float] | None = None
+    expand: tuple[int, float] | None = None
+    denominator: str = "scored"
+    skip_unreadable: bool = False
+
+    def check(self, protocol: str | Protocol) -> Protocol:
+        """The protocol of that name. Raises UserError: a choice that does not exist or does not go with the protocol."""
+        rule = find_protocol(protocol)
+        require_views(self.views)
+        if self.frames not in POOLINGS:
+            raise unknown("frames", self.frames, POOLINGS)
+        if self.denominator not in DENOMINATORS:
+            raise unknown("denominator", self.denominator, DENOMINATORS)
+        if rule.drawn and (self.rerank or self.expand):
+            raise UserError(
+                f"protocol '{rule.name}' draws its gallery anew, and re-ranking or expansion would see all of it: leave "
+                "--rerank and --expand out, or use --protocol plain"
+            )
+        if self.rerank is not None:
+            check_rerank(*self.rerank)
+        if self.expand is not None:
+            check_expand(*self.expand)
+        return rule
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a result: the counts and names, the constants by their names."""
+        rerank = dict(zip(("k1", "k2", "lambda"), self.rerank, strict=True)) if self.rerank else None
+        expand = dict(zip(("k", "alpha"), self.expand, strict=True)) if self.expand else None
+        return {"views": self.views, "frames": self.frames, "rerank": rerank, "expand": expand,
+                "denominator": self.denominator}
+
+
+USUAL = Evaluation()
 
 
 def extract(
@@ -27,37 +80,125 @@ def extract(
     device: str | torch.device = "cpu",
     batch: int = 128,
     views: int = 1,
+    pooling: str = "mean",
 ) -> Tensor:
     """Features N x D float32 on the CPU: the mean over a picture's ``views``.
 
     1: the picture; 2: and its mirror image; 10: the four corners and the middle of the picture an eighth larger, and
-    their mirror images (DaRe, Wang et al. 2018, section 4).
+    their mirror images (DaRe, Wang et al. 2018, section 4). A tracklet's feature is the mean or the maximum
+    (``pooling``) of its frames' features: DaRe takes the mean, the authors of MARS the maximum.
 
-    The network works in eval mode and keeps the mode it had, module by module. size = (H, W).
+    The network works in eval mode and keeps the mode it had, module by module. size = (H, W). Memory beside the
+    features is a batch of pictures, however long the tracklets. Raises UserError: nothing to extract from, a picture
+    cannot be read.
     """
+    return _extract(net, samples, size, device, batch, views, pooling, skip_unreadable=False)[0]
+
+
+def extract_readable(
+    net: nn.Module,
+    samples: Sequence[Sample],
+    size: tuple[int, int],
+    device: str | torch.device = "cpu",
+    batch: int = 128,
+    views: int = 1,
+    pooling: str = "mean",
+) -> tuple[Tensor, list[Sample], list[str]]:
+    """As :func:`extract`, but pictures that cannot be read are left out: features of the samples that remain, these
+    samples, and the paths left out. A tracklet remains while one of its frames does."""
+    return _extract(net, samples, size, device, batch, views, pooling, skip_unreadable=True)
+
+
+def _extract(
+    net: nn.Module,
+    samples: Sequence[Sample],
+    size: tuple[int, int],
+    device: str | torch.device,
+    batch: int,
+    views: int,
+    pooling: str,
+    skip_unreadable: bool,
+) -> tuple[Tensor, list[Sample], list[str]]:
     if not samples:
         raise UserError("there are no images to extract features from; check the dataset with `autoreid data NAME`")
     require_views(views)
+    if pooling not in POOLINGS:
+        raise unknown("pooling", pooling, POOLINGS)
     read = enlarged(size, 1.125) if views == 10 else size
     modes = [(module, module.training) for module in net.modules()]
-    groups = [samples[i : i + batch] for i in range(0, len(samples), batch)]
-    features = []
+    pooled, counts, unreadable = torch.empty(0), torch.zeros(len(samples), 1), []
     try:
         net.eval()
-        with torch.inference_mode(), ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(load_images, groups[0], read)
-            for following in [*groups[1:], None]:
-                images = normalise(coming.result().to(device))
-                if following is not None:  # decode it while the network is busy with this one
-                    coming = ahead.submit(load_images, following, read)
+        with torch.inference_mode():
+            for pictures, owners, bad in _batches(samples, read, batch, skip_unreadable):
+                unreadable += bad
+                if not len(owners):
+                    continue
+                images = normalise(pictures.to(device))
                 crops = v2.functional.five_crop(images, list(size)) if views == 10 else [images]
                 shown = [*crops, *(crop.flip(3) for crop in crops)] if views > 1 else crops
-                features.append((sum(net(view).float() for view in shown) / len(shown)).cpu())
+                features = (sum(net(view).float() for view in shown) / len(shown)).cpu()
+                counts.index_add_(0, owners, torch.ones(len(owners), 1))
+                if not pooled.numel():
+                    pooled = torch.full((len(samples), features.shape[1]), 0.0 if pooling == "mean" else -torch.inf)
+                if pooling == "mean":
+                    pooled.index_add_(0, owners, features)
+                else:
+                    pooled.scatter_reduce_(0, owners[:, None].expand_as(features), features, "amax")
     finally:
         for module, mode in modes:
             module.training = mode
-    # Leaves inference mode, so that a caller may use the features in a computation with gradients.
-    return torch.cat(features).clone()
+    seen = counts[:, 0] > 0
+    if not seen.any():
+        raise UserError(
+            f"none of the {len(samples)} images can be read, the first is {unreadable[0]}; copy the images again, "
+            "and run `autoreid data NAME --root DIR` to list all unreadable files"
+        )
+    # Indexing copies: out of inference mode, so that a caller may use the features in a computation with gradients.
+    features = pooled[seen] / counts[seen] if pooling == "mean" else pooled[seen]
+    return features, [s for s, there in zip(samples, seen.tolist(), strict=True) if there], unreadable
+
+
+def _batches(
+    samples: Sequence[Sample], size: tuple[int, int], batch: int, skip_unreadable: bool
+) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Batches of :func:`_load`; the next is decoded while the network is busy with this one."""
+    pictures = _pictures(samples)
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(_load, list(islice(pictures, batch)), size, skip_unreadable)
+        while following := list(islice(pictures, batch)):
+            loaded = coming.result()
+            coming = ahead.submit(_load, following, size, skip_unreadable)
+            yield loaded
+        yield coming.result()
+
+
+def _pictures(samples: Sequence[Sample]) -> Iterator[tuple[int, Sample]]:
+    """Every picture with the number of the sample that it belongs to: one, or one per frame of a tracklet."""
+    for number, sample in enumerate(samples):
+        for path in getattr(sample, "frames", ()) or (sample.path,):
+            yield number, Sample(path, sample.identity, sample.camera)
+
+
+def _load(
+    pictures: Sequence[tuple[int, Sample]], size: tuple[int, int], skip_unreadable: bool
+) -> tuple[Tensor, Tensor, list[str]]:
+    """The pictures B x 3 x H x W uint8, whose they are, and the paths of those left out."""
+    bad: list[str] = []
+    try:
+        images = load_images([sample for _, sample in pictures], size)
+    except UserError:
+        if not skip_unreadable:
+            raise
+        kept = []
+        for number, sample in pictures:  # one by one: which is it?
+            try:
+                kept.append((number, sample, load_images([sample], size)))
+            except UserError:
+                bad.append(sample.path)
+        pictures = [(number, sample) for number, sample, _ in kept]
+        images = torch.cat([image for _, _, image in kept]) if kept else torch.empty(0, 3, *size, dtype=torch.uint8)
+    return images, torch.tensor([number for number, _ in pictures], dtype=torch.int64), bad
 
 
 def evaluate(
@@ -68,22 +209,60 @@ def evaluate(
     protocol: str | Protocol = "market1501",
     metric: str = "euclidean",
     device: str | torch.device = "cpu",
-    views: int = 1,
+    how: Evaluation = USUAL,
 ) -> RetrievalMetrics:
-    """Metrics of the network on query against gallery; size = (H, W); ``views`` as in :func:`extract`."""
-    sides = []
-    for samples in (query, gallery):
-        features = extract(net, samples, size, device, views=views)
-        sides.append((features, [s.identity for s in samples], [s.camera for s in samples]))
-    return retrieval_metrics(*sides[0], *sides[1], protocol=protocol, metric=metric)
+    """Metrics of the network on query against gallery; size = (H, W).
+
+    Where query and gallery are one list, its features are extracted once.
+    """
+    rule = how.check(protocol)
+    one_list = query is gallery or list(query) == list(gallery)
+    if not (rule.remove_same_camera or rule.one_per_identity):
+        _require_apart(query, gallery, rule)
+    sides, unreadable = [], 0
+    for samples in [query] if one_list else [query, gallery]:
+        features, kept, bad = _extract(net, samples, size, device, 128, how.views, how.frames, how.skip_unreadable)
+        sides.append((features.to(device), [s.identity for s in kept], [s.camera for s in kept]))
+        unreadable += len(bad)
+    (asking, *asked), (answering, *answered) = sides[0], sides[-1]
+    if how.expand is not None:
+        asking = torch.from_numpy(expand_queries(asking, answering, *how.expand))
+        answering = torch.nn.functional.normalize(answering, dim=1)  # the new queries are of length one
+    metrics = retrieval_metrics(
+        asking, asked[0], asked[1], answering, answered[0], answered[1], protocol=rule, metric=metric,
+        denominator=how.denominator, rerank=how.rerank,
+    )
+    return dataclasses.replace(metrics, unreadable=unreadable)
+
+
+def _require_apart(query: Sequence[Sample], gallery: Sequence[Sample], protocol: Protocol) -> None:
+    """Nothing would take a query's own picture out of its ranking, where it would come first."""
+    shared = {s.path for s in query} & {s.path for s in gallery}
+    if shared:
+        raise UserError(
+            f"{len(shared)} pictures are query and gallery at once, the first is {min(shared)}, and protocol "
+            f"'{protocol.name}' would find each at the first place; take them out of the gallery"
+        )
+
+
+def without_cameras(samples: Sequence[Sample]) -> bool:
+    """Whether the set has none: camera 0 everywhere (see ``data.Sample``)."""
+    return not any(sample.camera for sample in samples)
 
 
 def held_out_split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """A (query, gallery) task like the test's from training identities, each image in exactly one of the two.
 
     Per identity and camera the first image (by path) asks, the others answer; an identity seen by one camera only
-    answers. Every query has a match from another camera: where single images leave none, an asking one answers.
+    answers. Every query has a match from another camera: where single images leave none, an asking one answers. In a
+    set without cameras the first image of an identity asks; its protocol is ``plain``.
     """
+    if without_cameras(samples):
+        of_identity: dict[int, list[Sample]] = {}
+        for sample in sorted(samples):
+            of_identity.setdefault(sample.identity, []).append(sample)
+        first = [images[0] for images in of_identity.values() if len(images) > 1]
+        return sorted(first), sorted(set(samples) - set(first))
     cameras: dict[int, dict[int, list[Sample]]] = {}
     for sample in sorted(samples):
         cameras.setdefault(sample.identity, {}).setdefault(sample.camera, []).append(sample)

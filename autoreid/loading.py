@@ -1,10 +1,10 @@
-"""Samples to batches: who trains together (P x K), what the images look like, and which identities the alphas see.
+"""Samples to batches: who trains together (P x K), who prepares the batches, and which identities the alphas see.
 
-P identities x K images: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss" (2017). Random erasing: Zhong et al.
-(AAAI 2020). The search split by images is Auto-ReID's (Quan et al., ICCV 2019, sec. 4.2); by identities it is the one
-that resembles the test, where nobody was seen in training.
+P identities x K images: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss" (2017). The search split by images is
+Auto-ReID's (Quan et al., ICCV 2019, sec. 4.2); by identities it is the one that resembles the test, where nobody was
+seen in training. Pictures come from ``autoreid.pictures``, what happens to them is ``autoreid.augment``.
 
-Nothing here has state that matters: the order, crop, flip and erasing of an image are functions of (seed, epoch,
+Nothing here has state that matters: the order, frame, crop, flip and erasing of an image are functions of (seed, epoch,
 batch, position). So a run that is resumed at any batch sees what it would have seen, with any number of workers, and
 the global random generators are left alone.
 """
@@ -12,25 +12,38 @@ the global random generators are left alone.
 from __future__ import annotations
 
 import math
-import mmap
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
 
+from autoreid.augment import (
+    FRAME,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    USUAL,
+    Augment,
+    crop,
+    enlarged,
+    finish,
+    make_plan,
+    normalise,
+    random_numbers,
+)
 from autoreid.data import Sample
 from autoreid.errors import UserError, unknown
+from autoreid.pictures import Pictures, files_of, load_image, load_images, readable
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+# What callers find here, wherever it is written.
+__all__ = [
+    "IMAGENET_MEAN", "IMAGENET_STD", "SPLITS", "Augment", "PKSampler", "TrainLoader", "enlarged", "finish", "load_image",
+    "load_images", "normalise", "readable", "relabel", "split_for_search",
+]
+
 SPLITS = ("identity", "image")
 
 
@@ -137,70 +150,6 @@ def _by_identity(identities: Sequence[int]) -> dict[int, list[int]]:
     return indices
 
 
-@dataclass(frozen=True)
-class Augment:
-    """Chance of a mirror image; pixels of black padding before a random crop; chance that a box is erased to the mean.
-
-    ``pad`` counts pixels of the network's input. ``enlarge`` 1.125 reads pictures an eighth larger than the input, from
-    which the crop is taken (DaRe). Without either nothing is cropped.
-    """
-
-    flip: float = 0.5
-    pad: int = 10
-    erase: float = 0.5
-    enlarge: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("flip", "erase"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augment {name} is a probability in [0, 1], got {getattr(self, name)}")
-        if self.pad < 0:
-            raise UserError(f"augment pad is a number of pixels, 0 or more, got {self.pad}")
-        if not 1 <= self.enlarge <= 4:
-            raise UserError(f"augment enlarge is a factor from 1 to 4, got {self.enlarge}")
-
-
-def enlarged(size: tuple[int, int], factor: float) -> tuple[int, int]:
-    """(H, W) times a factor, in whole pixels."""
-    return round(size[0] * factor), round(size[1] * factor)
-
-
-def load_image(path: str, size: tuple[int, int]) -> Tensor:
-    """One image as 3 x H x W uint8, RGB, resized to size = (H, W). Raises UserError for a file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no image {path}; the dataset changed or moved: check it with `autoreid data NAME --root DIR`"
-        ) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"image {path} is truncated or unreadable; copy it again or delete it, and "
-            "run `autoreid data NAME --root DIR` to list all unreadable files"
-        ) from error
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
-
-
-def load_images(samples: Sequence[Sample], size: tuple[int, int]) -> Tensor:
-    """The images of the samples as one B x 3 x H x W uint8 batch, for evaluation."""
-    with torch.inference_mode(False):  # the caller's inference mode does not reach the threads that write here
-        images = torch.empty(len(samples), 3, *size, dtype=torch.uint8)
-
-    def fill(i: int) -> None:
-        images[i] = load_image(samples[i].path, size)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter
-        list(pool.map(fill, range(len(samples))))
-    return images
-
-
-def normalise(images: Tensor) -> Tensor:
-    """B x 3 x H x W uint8 to float32 with ImageNet's mean and deviation, on the images' device."""
-    scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(scaled, list(IMAGENET_MEAN), list(IMAGENET_STD))
-
-
 class _Key(NamedTuple):
     """What names a batch, whoever makes it."""
 
@@ -210,72 +159,34 @@ class _Key(NamedTuple):
 
 
 class _Batches(Dataset):
-    """A batch from its key: decoding, cache, augmentation. Runs in the caller or in a worker, with the same result."""
+    """A batch from its key: pictures, augmentation. Runs in the caller or in a worker, with the same result."""
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        pictures: Pictures,
+        files: Sequence[int],
         labels: Sequence[int],
         size: tuple[int, int],
         augment: Augment,
         seed: int,
-        cache_bytes: int,
+        raw: bool,
     ) -> None:
-        self.samples, self.labels, self.seed = list(samples), list(labels), seed
-        self.size = enlarged(size, augment.enlarge)  # of the pictures that are read
-        geometry: list[Any] = [v2.RandomHorizontalFlip(augment.flip)] if augment.flip else []
-        geometry += [v2.RandomCrop(size, padding=augment.pad)] if augment.pad or self.size != size else []
-        self.geometry = v2.Compose(geometry) if geometry else None
-        # After normalisation 0 is the mean colour.
-        self.erase = (
-            v2.RandomErasing(augment.erase, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=0, inplace=True)
-            if augment.erase
-            else None
-        )
-        self.cached = len(self.samples) * 3 * self.size[0] * self.size[1] <= cache_bytes
-        self._open_cache()
+        self.pictures, self.size, self.augment, self.seed, self.raw = pictures, size, augment, seed, raw
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.files = np.array(files, np.int64)  # how many each sample has; the pictures are theirs in order
+        self.first = np.cumsum(self.files) - self.files
 
-    def _open_cache(self) -> None:
-        """Anonymous memory: pages count once written, forked workers fill and read the same ones."""
-        self.cache: Tensor | None = None
-        self.filled: Tensor | None = None
-        if self.cached and self.samples:
-            shape = (len(self.samples), 3, *self.size)
-            self.cache = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
-            self.filled = torch.frombuffer(mmap.mmap(-1, len(self.samples)), dtype=torch.uint8)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("cache", "filled")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open_cache()  # a spawned worker cannot share pages and keeps its own
-
-    def _image(self, i: int) -> Tensor:
-        if self.cache is None or self.filled is None:
-            return load_image(self.samples[i].path, self.size)
-        if not self.filled[i]:
-            self.cache[i] = load_image(self.samples[i].path, self.size)
-            self.filled[i] = 1  # after the pixels: another worker may be looking
-        return self.cache[i]
-
-    def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, key: _Key) -> tuple[Tensor, ...] | UserError:
+        numbers = random_numbers(self.seed, key.epoch, key.batch, len(key.indices))
+        frame = (numbers[:, FRAME] * self.files[key.indices]).astype(np.int64)  # of a tracklet; else 0
         try:
-            images = [self._image(i) for i in key.indices]
+            pictures = self.pictures.read((self.first[key.indices] + frame).tolist())
         except UserError as error:
             return error  # raised in a worker it would come back wrapped in the worker's traceback
-        seeds = np.random.SeedSequence([self.seed, key.epoch, key.batch]).generate_state(2 * len(images), np.uint64)
-        with torch.random.fork_rng(devices=[]):
-            if self.geometry is not None:
-                for position, image in enumerate(images):
-                    torch.default_generator.manual_seed(int(seeds[2 * position]))
-                    images[position] = self.geometry(image)
-            batch = normalise(torch.stack(images))
-            if self.erase is not None:
-                for position, image in enumerate(batch):
-                    torch.default_generator.manual_seed(int(seeds[2 * position + 1]))
-                    self.erase(image)  # in place
-        return batch, torch.tensor([self.labels[i] for i in key.indices], dtype=torch.int64)
+        plan = make_plan(self.augment, numbers, self.pictures.size, self.size)
+        images, boxes = crop(pictures, plan, self.size), torch.from_numpy(plan.boxes)
+        labels = self.labels[key.indices]
+        return (images, boxes, labels) if self.raw else (finish(images, boxes), labels)
 
 
 class _Keys(Sampler):
@@ -295,8 +206,11 @@ class _Keys(Sampler):
 class TrainLoader:
     """Augmented training batches: images B x 3 x H x W float32 normalised, labels B int64.
 
-    ``sampler`` is anything with ``batches(epoch) -> list[list[int]]``. Decoded and resized images stay in memory as
-    uint8 where all of them fit in ``cache_bytes``. ``workers`` processes prepare batches ahead; 0 prepares in place.
+    ``raw``: images uint8, boxes B x 4 and labels, for ``finish(images.to(device), boxes)`` to normalise and erase where
+    the network is; a quarter of the bytes, and the same values. ``sampler`` is anything with ``batches(epoch) ->
+    list[list[int]]``. Decoded and resized images are kept in a file in the folder ``cache``, or else in memory where all
+    of them fit in ``cache_bytes``. ``workers`` processes prepare batches ahead; 0 prepares in place. Of a sample with
+    ``frames`` each draw shows one, chosen at random.
     """
 
     def __init__(
@@ -305,22 +219,26 @@ class TrainLoader:
         labels: Sequence[int],
         size: tuple[int, int],
         sampler: Any,
-        augment: Augment = Augment(),
+        augment: Augment = USUAL,
         seed: int = 0,
         workers: int = 0,
         cache_bytes: int = 1 << 30,
+        cache: str | Path | None = None,
+        raw: bool = False,
     ) -> None:
         if len(samples) != len(labels):
             raise ValueError(f"one label per sample: got {len(samples)} samples and {len(labels)} labels")
         self.sampler, self.workers = sampler, workers
-        self._dataset = _Batches(samples, labels, size, augment, seed, cache_bytes)
+        files = [files_of(sample) for sample in samples]
+        pictures = Pictures([f for of in files for f in of], enlarged(size, augment.enlarge), cache, cache_bytes)
+        self._dataset = _Batches(pictures, [len(of) for of in files], labels, size, augment, seed, raw)
         self._keys = _Keys()
         self._ahead: DataLoader | None = None
 
     def __len__(self) -> int:
         return len(self.sampler) if hasattr(self.sampler, "__len__") else len(self.sampler.batches(0))
 
-    def epoch(self, e: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, e: int, start: int = 0) -> Iterator[Any]:
         """Epoch e from batch ``start`` on: the same batches as a whole epoch gives from there."""
         batches = self.sampler.batches(e)
         self._keys.keys = [_Key(e, b, batches[b]) for b in range(start, len(batches))]

@@ -24,8 +24,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from PIL import Image
 
+from autoreid.data import Sample
 from autoreid.genotype import Genotype, Node
+from autoreid.ranked import RankedList
 from autoreid.runs import write_bytes
 
 INK, GREY, FRONT, PALE = "#222222", "#8a8a8a", "#c2410c", "#e8eef5"
@@ -520,3 +523,39 @@ def draw_density(rows_by_model: Mapping[str, Mapping[str, float]], path: str | P
     figure.legend(loc="outside lower center", ncols=min(4, len(rows_by_model)), fontsize=9.5, frameon=False)
     save(figure, path)
     return figure
+
+
+FRAMES = {"match": "#15803d", "wrong": "#b91c1c", "junk": "#a3a3a3"}
+
+
+def ranked_lists(lists: Sequence[RankedList], query: Sequence[Sample], gallery: Sequence[Sample], title: str) -> Figure:
+    """A row per query: its picture, then what the gallery answers first. Green frame: a match; red: another identity; grey
+    and pale: junk, which has no rank (the query's own camera, or nobody)."""
+    depth = max(len(ranked.gallery) for ranked in lists)
+    figure = _figure(1.05 * (depth + 1) + 0.4, 2.3 * len(lists) + 0.6, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    grid = figure.subplots(len(lists), depth + 1, squeeze=False)
+    for row, ranked in zip(grid, lists, strict=True):
+        for axes in row:
+            axes.axis("off")
+        asked = query[ranked.query]
+        said = "not scored" if ranked.average_precision is None else f"AP {100 * ranked.average_precision:.0f} %"
+        _picture(row[0], asked.path, INK, 1.0, f"query {ranked.query}\n{said}")
+        rank = 0
+        for axes, i, kind, distance in zip(row[1:], ranked.gallery, ranked.kinds, ranked.distances, strict=False):
+            rank += kind != "junk"
+            _picture(axes, gallery[i].path, FRAMES[kind], 0.35 if kind == "junk" else 1.0,
+                     f"{'junk' if kind == 'junk' else rank}\n{distance:.2f}")
+    figure.supxlabel("green: the same identity; red: another; grey: junk, which has no rank. Below a rank, the distance.",
+                     fontsize=9, color="#555555")
+    return figure
+
+
+def _picture(axes: Axes, path: str, colour: str, strength: float, text: str) -> None:
+    with Image.open(path) as image:
+        axes.imshow(image.convert("RGB"), alpha=strength, aspect="equal")
+    axes.axis("on")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set(color=colour, linewidth=3)
+    axes.set_title(text, fontsize=8, pad=3)

@@ -135,6 +135,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def folder_name(dataset: str) -> str:
+    """A dataset's name as that of a folder: ``cuhk03/labeled`` is ``cuhk03-labeled``."""
+    return dataset.replace("/", "-")
+
+
 # ---------------------------------------------------------------------------------------- one run's folder
 class Run:
     """The folder of one long command: what it was asked, where it stands, what it found.

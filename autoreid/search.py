@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from autoreid.data import Sample
 from autoreid.errors import UserError, unknown
-from autoreid.evaluate import evaluate, held_out_split
+from autoreid.evaluate import evaluate, held_out_split, without_cameras
 from autoreid.genotype import Genotype
 from autoreid.loading import SPLITS, Augment, PKSampler, TrainLoader, relabel, split_for_search
 from autoreid.losses import batch_hard_triplet
@@ -131,9 +131,12 @@ class SearchData:
     val_images: int
     query: Sequence[Sample]
     gallery: Sequence[Sample]
+    protocol: str
 
 
-def search_data(samples: Sequence[Sample], settings: SearchSettings, seed: int, workers: int = 0) -> SearchData:
+def search_data(
+    samples: Sequence[Sample], settings: SearchSettings, seed: int, workers: int = 0, cache: str | None = None
+) -> SearchData:
     """Split the training samples in two (algorithm 1, line 1) and make a class-balanced loader of each half."""
     train, val = split_for_search(samples, settings.split, seed)
     labels, identities = relabel(train)
@@ -147,7 +150,7 @@ def search_data(samples: Sequence[Sample], settings: SearchSettings, seed: int, 
 
     def loader(half: Sequence[Sample], half_labels: Sequence[int], salt: int) -> TrainLoader:
         sampler = PKSampler(half_labels, settings.identities, settings.images, seed=seed * 2 + salt)
-        return TrainLoader(half, half_labels, settings.input, sampler, augment, seed * 2 + salt, workers)
+        return TrainLoader(half, half_labels, settings.input, sampler, augment, seed * 2 + salt, workers, cache=cache)
 
     query, gallery = held_out_split(val)
     if not query:
@@ -155,8 +158,9 @@ def search_data(samples: Sequence[Sample], settings: SearchSettings, seed: int, 
             "no identity of the validation half is seen by two cameras, so retrieval cannot be validated: check the "
             "camera numbers with `autoreid data`, or add identities"
         )
+    protocol = "plain" if without_cameras(val) else "market1501"
     return SearchData(
-        loader(train, labels, 0), loader(val, val_labels, 1), identities, len(train), len(val), query, gallery
+        loader(train, labels, 0), loader(val, val_labels, 1), identities, len(train), len(val), query, gallery, protocol
     )
 
 
@@ -431,16 +435,18 @@ def search(
     device: str = "cpu",
     workers: int = 0,
     provenance: dict[str, Any] | None = None,
+    cache: str | None = None,
 ) -> SearchResult:
     """Search ``space`` on training ``samples`` and record it in ``run``; goes on from the run's checkpoint if any.
 
     Written after every epoch: ``curves.csv`` (losses, validation mAP, entropies, tau, seconds, memory), ``alphas.csv``
-    (every edge's softmax), ``genotype.json`` (the genotype of the moment) and the checkpoint.
+    (every edge's softmax), ``genotype.json`` (the genotype of the moment) and the checkpoint. ``cache``: a folder for
+    decoded pictures.
     """
     if run.finished:
         say(f"{run.folder} is finished: nothing to resume")
         return SearchResult.read(run)
-    data = search_data(samples, settings, seed, workers)
+    data = search_data(samples, settings, seed, workers, cache)
     searcher = Searcher(space, settings, data.classes, seed, device)
     run.open()
     first, seconds, memory = 0, 0.0, 0
@@ -538,7 +544,7 @@ def validate(searcher: Searcher, data: SearchData) -> tuple[float, float]:
     sampled = METHODS[searcher.settings.method].sampled
     edges = searcher.net.derived_weights() if sampled else searcher.net.softmax_weights(detach=True)
     net = _WithEdges(searcher.net, edges)
-    metrics = evaluate(net, data.query, data.gallery, searcher.settings.input, device=str(searcher.device))
+    metrics = evaluate(net, data.query, data.gallery, searcher.settings.input, data.protocol, device=str(searcher.device))
     return metrics.mAP, metrics.cmc[1]
 
 

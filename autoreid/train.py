@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,17 +19,27 @@ from torch import Tensor, nn
 from autoreid import cost, data
 from autoreid.data import Sample, Splits
 from autoreid.errors import UserError
-from autoreid.evaluate import evaluate
+from autoreid.evaluate import USUAL, Evaluation, evaluate
 from autoreid.heads import Branch, ReIDNet
-from autoreid.loading import IMAGENET_MEAN, IMAGENET_STD, Augment, PKSampler, TrainLoader, relabel
+from autoreid.loading import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augment,
+    PKSampler,
+    TrainLoader,
+    finish,
+    readable,
+    relabel,
+)
 from autoreid.losses import LOSSES, CenterLoss, smoothed_cross_entropy
 from autoreid.network import ModelSpec, save_weights
 from autoreid.options import read_json, require
 from autoreid.pretrained import load_imagenet
-from autoreid.recipe import Recipe, require_views
+from autoreid.recipe import Recipe
 from autoreid.runs import (
     Run,
     environment,
+    folder_name,
     peak_memory_bytes,
     progress,
     rows_up_to,
@@ -105,9 +115,17 @@ class Criterion(nn.Module):
 
 
 def fit(
-    net: ReIDNet, samples: Sequence[Sample], recipe: Recipe, run: Run, seed: int, device: str = "cpu", workers: int = 0
+    net: ReIDNet,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    run: Run,
+    seed: int,
+    device: str = "cpu",
+    workers: int = 0,
+    cache: str | None = None,
 ) -> Training:
     """Train ``net`` on ``samples`` by ``recipe``, in place; goes on from the run's checkpoint if there is one.
+    ``cache``: a folder for decoded pictures.
 
     After every epoch ``curves.csv`` and the checkpoint are written. Order, crops and erasing are functions of
     (seed, epoch, batch), so an interrupted training ends in the same state as one that was not.
@@ -115,7 +133,8 @@ def fit(
     labels, identities = relabel(samples)
     sampler = PKSampler(labels, recipe.identities, recipe.images, seed)
     augment = Augment(recipe.flip, recipe.pad, recipe.erase, recipe.enlarge)
-    loader = TrainLoader(samples, labels, recipe.input, sampler, augment, seed, workers)
+    raw = "cuda" in device  # uint8 to the GPU, a quarter of the bytes, and finished there
+    loader = TrainLoader(samples, labels, recipe.input, sampler, augment, seed, workers, cache=cache, raw=raw)
     net.to(device)
     criterion = Criterion(net.branch_dims, identities, recipe).to(device)
     parameters = [p for p in (*net.parameters(), *criterion.classifiers.parameters()) if p.requires_grad]
@@ -144,8 +163,8 @@ def fit(
         set_rate(optimizer, rate, recipe.momentum_of(epoch))
         net.train()
         sums = [0.0, 0.0, 0.0, 0.0]
-        for images, batch_labels in progress(loader.epoch(epoch), len(loader), f"epoch {epoch + 1}"):
-            losses = criterion(net.branches(images.to(device)), batch_labels.to(device))
+        for *pictures, batch_labels in progress(loader.epoch(epoch), len(loader), f"epoch {epoch + 1}"):
+            losses = criterion(net.branches(on_device(pictures, device)), batch_labels.to(device))
             if not torch.isfinite(losses.total):
                 raise UserError(
                     f"training diverged in epoch {epoch + 1}: the loss is {losses.total.item()}; lower the learning "
@@ -177,13 +196,19 @@ def fit(
         say(f"epoch {epoch + 1}/{recipe.all_epochs}: ce {means[1]:.3f}, triplet {means[2]:.3f}, {left:.0f} s left")
     if swag is not None:
         swag.mean_to(net)  # and the batch norms' statistics of the averaged weights, from one more pass over the images
-        update_batch_norms(net, loader.epoch(recipe.all_epochs))
+        update_batch_norms(net, ((on_device(p, device), labels) for *p, labels in loader.epoch(recipe.all_epochs)))
         moments = {"mean": swag.means, "variance": {name: swag.variance(name) for name in swag.means}}
         write_bytes(run.folder / "swag.safetensors", save({
             f"{moment}.{name}": value for moment, values in moments.items() for name, value in values.items()
         }))
     images_seen = recipe.all_epochs * len(loader) * recipe.identities * recipe.images
     return Training(recipe.all_epochs, seconds, images_seen / max(seconds, 1e-9), memory, device)
+
+
+def on_device(pictures: Sequence[Tensor], device: str) -> Tensor:
+    """A loader's pictures, finished or raw (images uint8 and the boxes to erase), as the network's input."""
+    images, *boxes = (tensor.to(device, non_blocking=True) for tensor in pictures)
+    return finish(images, *boxes) if boxes else images
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> None:
@@ -204,35 +229,41 @@ def retrain(
     out: str | Path,
     *,
     root: str | None = None,
+    test: str | None = None,
     seed: int = 0,
     device: str = "cpu",
     workers: int = 0,
-    views: int | None = None,
+    how: Evaluation = USUAL,
     init: str = "scratch",
+    cache: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     name: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Train a model on a dataset's training identities, evaluate it once, write the result.
 
-    ``init``: "scratch", "imagenet" (torchvision's weights) or a file of such weights. ``views`` of the evaluation are
-    the recipe's unless given.
+    ``init``: "scratch", "imagenet" (torchvision's weights) or a file of such weights. ``test`` is another dataset to
+    evaluate on. ``how`` to evaluate; where its views are 1, the recipe's count. ``cache``: a folder for decoded pictures.
 
-    Writes ``<out>/<dataset>/<name>-s<seed>.json`` (the result), ``.safetensors`` (the weights) and a folder of the
+    Writes ``<out>/<test dataset>/<name>-s<seed>.json`` (the result), ``.safetensors`` (the weights) and a folder of the
     same name (configuration, curves, checkpoint). Returns the result's path and value.
     """
-    name = name or spec.label
-    folder = Path(out) / dataset
+    name = name or spec.label + (f"-from-{folder_name(dataset)}" if test else "")
+    folder = Path(out) / folder_name(test or dataset)
     target = folder / f"{name}-s{seed}.json"
     require(bool(re.fullmatch(r"[\w.-]+", name)), "name", name, "letters, digits, '.', '_' and '-'")
-    splits = data.load(dataset, root)  # names only: a missing query folder is better found before the training
-    samples = splits.train
+    # Names only: a missing query folder is better found before the training.
+    splits = data.load(dataset, root, parts=("train",) if test else data.PARTS)
+    tested = data.load(test, root, parts=("query", "gallery")) if test else splits
+    samples, unreadable = (readable(splits.train) if how.skip_unreadable else (list(splits.train), []))
+    for path in unreadable:
+        say(f"left out, as it cannot be read: {path}")
     genotype = spec.genotype.key() if spec.genotype else None  # where it came from is not the question
-    views = recipe.views if views is None else views
-    require_views(views)  # now, not after the training
+    how = replace(how, views=recipe.views) if how.views == 1 else how
+    how.check(tested.protocol)  # now, not after the training
     config = {
         "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
-        "init": init, "views": views, "device": device, "train_images": len(samples),
+        "init": init, "test": test, "evaluation": how.to_dict(), "device": device, "train_images": len(samples),
     }
     results = (target, target.with_suffix(".safetensors"))
     run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite, results=results)
@@ -243,14 +274,16 @@ def retrain(
     net = spec.build(recipe.drop_path)
     if init != "scratch":
         load_imagenet(net.backbone, spec.name, None if init == "imagenet" else init)
-    training = fit(net, samples, recipe, run, seed, device, workers)
+    training = fit(net, samples, recipe, run, seed, device, workers, cache)
     net.eval()
     save_weights(
         results[1], net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
         resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=init,
     )
-    result = measure(net, spec, name, splits, recipe.input, device=device, views=views)
+    result = measure(net, spec, name, tested, recipe.input, device=device, how=how)
     result.update({
+        "trained_on": splits.name, "train_part": splits.train_part, "train_unreadable": len(unreadable),
+        "split": f"{len(splits.train)} train, {len(tested.query)} query, {len(tested.gallery)} gallery images",
         "recipe": recipe.key(), "seed": seed, "init": init, "train": asdict(training),
         "environment": environment(),
     })
@@ -267,12 +300,12 @@ def measure(
     size: tuple[int, int],
     *,
     device: str = "cpu",
-    views: int = 1,
+    how: Evaluation = USUAL,
     protocol: str | None = None,
 ) -> dict[str, Any]:
     """A result's figures: cost and latency of the net, and its retrieval metrics on the dataset's query and gallery."""
     protocol = protocol or splits.protocol
-    metrics = evaluate(net, splits.query, splits.gallery, size, protocol, device=device, views=views)
+    metrics = evaluate(net, splits.query, splits.gallery, size, protocol, device=device, how=how)
     counted = cost.measure(spec.build, size)
     return {
         "model": name, "genotype": spec.genotype.key() if spec.genotype else None, "dataset": splits.name,
@@ -280,7 +313,7 @@ def measure(
         "split": f"{len(splits.train)} train, {len(splits.query)} query, {len(splits.gallery)} gallery images",
         "input": list(size), "params": counted.params, "macs": counted.macs,
         "embedding": {"dims": net.dims, "dtype": "float32", "bytes": 4 * net.dims},
-        "mAP": metrics.mAP, "mAP_trapezoid": metrics.mAP_trapezoid, "mINP": metrics.mINP,
-        "cmc": metrics.to_dict()["cmc"], "queries": {"total": metrics.total, "scored": metrics.scored},
-        "flip": views > 1, "views": views, "rerank": None, "latency_ms": cost.latency(net, size, device),
+        **{key: value for key, value in metrics.to_dict().items() if key not in ("total", "scored", "protocol")},
+        "queries": {"total": metrics.total, "scored": metrics.scored},
+        "flip": how.views > 1, **how.to_dict(), "latency_ms": cost.latency(net, size, device),
     }

@@ -61,7 +61,8 @@ def test_help_is_fast_and_needs_no_torch():
 def test_the_names_in_the_help_texts_are_the_tables(capsys):
     """The help must not import torch, so it spells the names out; here they are held to the tables."""
     from autoreid.data import DATASETS
-    from autoreid.metrics import METRICS, PROTOCOLS
+    from autoreid.evaluate import POOLINGS
+    from autoreid.metrics import DENOMINATORS, METRICS, PROTOCOLS
     from autoreid.recipe import RECIPES
     from autoreid.search import ARCH_LOSSES, METHODS, PRESETS
     from autoreid.space import known_spaces
@@ -71,10 +72,14 @@ def test_the_names_in_the_help_texts_are_the_tables(capsys):
         with pytest.raises(SystemExit):
             build_parser().parse_args([name, "--help"])
     text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
-    for name in (*METHODS, *PRESETS, *RECIPES, *known_spaces(), *PROTOCOLS, *METRICS, *ARCH_LOSSES):
+    protocols = [name.replace("vehicleid/test-", "-") for name in PROTOCOLS]
+    tables = (METHODS, PRESETS, RECIPES, known_spaces(), protocols, METRICS, ARCH_LOSSES, POOLINGS, DENOMINATORS)
+    for name in (name for table in tables for name in table):
         assert name in text, name
     spelled = {f"drawn-{kind}{size}" for kind in ("people", "vehicles") for size in ("", "-tiny", "-market")}
-    assert set(DATASETS) == {"market", "veri", *spelled}
+    real = {name for name in DATASETS if not name.startswith("drawn-")}
+    assert set(DATASETS) == real | spelled
+    assert all(f"{name}," in text or f"{name}[" in text for name in real)
 
 
 # ---------------------------------------------------------------------------------------- mistakes, word by word
@@ -212,8 +217,8 @@ def test_numbers_that_are_none(capsys):
     assert words(capsys, "--nope") == "autoreid: unknown option '--nope'; known: --help, --version, -h"
     assert words(capsys, "search", "--dataset", "market", "--resume", "--overwrite") == (
         "autoreid: --resume and --overwrite contradict each other: give one of them")
-    assert words(capsys, "evaluate", "w", "--dataset", "market", "--rerank").startswith(
-        "autoreid: --rerank is not here yet: it comes with the issue 'Real datasets,")
+    assert words(capsys, "evaluate", "w", "--dataset", "market", "--rerank", "20,6") == (
+        "autoreid: --rerank 20,6: give K1,K2,LAMBDA as in 20,6,0.3")
 
 
 def test_no_permission_to_write(capsys, tmp_path, market, monkeypatch):
@@ -517,5 +522,57 @@ def test_score_of_features_made_by_anything(tmp_path, capsys):
     np.savez(tmp_path / "g.npz", **gallery)
     assert main(["score", str(tmp_path / "q.npz"), str(tmp_path / "g.npz"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
-        "mAP": 1.0, "mAP_trapezoid": 1.0, "mINP": 1.0, "cmc": {"1": 1.0, "5": 1.0, "10": 1.0}, "total": 3, "scored": 3}
+        "mAP": 1.0, "mAP_trapezoid": 1.0, "mINP": 1.0, "cmc": {"1": 1.0, "5": 1.0, "10": 1.0, "20": 1.0}, "total": 3,
+        "scored": 3, "protocol": "market1501", "denominator": "scored", "repeats": 1, "std": None, "unreadable": 0}
     assert "none.npz" in words(capsys, "score", str(tmp_path / "none.npz"), str(tmp_path / "g.npz"))
+
+
+def test_score_draws_vehicleids_galleries_and_reranks(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    identities = np.repeat(np.arange(1, 7), 4)
+    features = (rng.normal(size=(7, 8))[identities] + 0.8 * rng.normal(size=(24, 8))).astype(np.float32)
+    np.savez(tmp_path / "all.npz", features=features, identities=identities)
+    both = [str(tmp_path / "all.npz")] * 2
+    assert main(["score", *both, "--protocol", "vehicleid/test-800"]) == 0
+    assert "mean of 10 draws" in capsys.readouterr().out
+    assert main(["score", *both, "--protocol", "vehicleid/test-800", "--json"]) == 0
+    drawn = json.loads(capsys.readouterr().out)
+    assert drawn["repeats"] == 10 and 0 < drawn["std"]["mAP"] < 0.2 and drawn["total"] == drawn["scored"] == 18
+    cameras = np.tile([1, 2], 12)
+    for name, part in (("q", slice(0, None, 4)), ("g", slice(1, None, 2))):
+        np.savez(tmp_path / f"{name}.npz", features=features[part], identities=identities[part], cameras=cameras[part])
+    sides = [str(tmp_path / "q.npz"), str(tmp_path / "g.npz"), "--json"]
+    figures = []
+    for options in ([], ["--rerank", "4,2,0.3"]):
+        assert main(["score", *sides, *options]) == 0
+        figures.append(json.loads(capsys.readouterr().out)["mAP"])
+    assert figures[0] != figures[1]
+    assert words(capsys, "score", *both, "--protocol", "vehicleid/test-800", "--rerank").startswith(
+        "autoreid: protocol 'vehicleid/test-800' draws its gallery anew")
+    assert words(capsys, "score", *sides, "--denominator", "some").startswith("autoreid: unknown denominator 'some'")
+
+
+def test_retrain_on_one_dataset_and_test_on_another_with_every_option(market, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    veri = planted.write_dataset(tmp_path / "v", planted.texture, layout="veri", identities=10, test_identities=2)
+    shutil.copytree(market / "Market-1501-v15.09.15", veri / "Market-1501-v15.09.15")
+    (veri / "Market-1501-v15.09.15" / "query" / "0900_c1s1_000001_01.jpg").write_bytes(b"no picture")
+    argv = ["retrain", "resnet18", "--dataset", "veri", "--test", "market", "--root", str(veri), *RECIPE, "--epochs", "1",
+            "--set", "width=4", "--cache", "cache", "--rerank", "5,2,0.3", "--expand", "3,0", "--denominator", "all",
+            "--json"]
+    assert "0900_c1s1_000001_01.jpg" in words(capsys, *argv)
+    assert main([*argv, "--skip-unreadable", "--overwrite"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    path = tmp_path / "results" / "market" / "resnet18-width4-from-veri-s0.json"
+    assert json.loads(path.read_text()) == result
+    assert (result["dataset"], result["trained_on"], result["protocol"]) == ("market", "veri", "market1501")
+    assert result["rerank"] == {"k1": 5, "k2": 2, "lambda": 0.3} and result["expand"] == {"k": 3, "alpha": 0.0}
+    assert (result["denominator"], result["unreadable"], result["train_unreadable"]) == ("all", 1, 0)
+    assert list((tmp_path / "cache").iterdir())
+    evaluate = ["evaluate", str(path.with_suffix(".safetensors")), "--dataset", "market", "--root", str(market)]
+    assert main([*evaluate, "--ranked", "lists.png", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["trained_on"] == "veri" and "ranked lists: lists.png" in err
+    assert (tmp_path / "lists.png").read_bytes().startswith(b"\x89PNG")
+    assert words(capsys, *evaluate, "--ranked", "lists.png", "--queries", "gone.jpg").startswith(
+        "autoreid: --queries gone.jpg: no query's path ends so; the first query is ")

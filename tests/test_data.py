@@ -1,12 +1,14 @@
-"""Datasets on disk: every layout variant, only the parts asked for, and words for each way a copy goes wrong."""
+"""Sets whose file names say everything: every folder name, only the parts asked for, words for each way a copy goes wrong.
 
-import io
+The sets with lists, and the user's own, are in test_datasets.py.
+"""
+
 import os
 import sys
 import types
 
 import pytest
-from PIL import Image
+from miniature import JPEG, MESS
 
 from autoreid.data import DATASETS, Sample, check, describe, load, market, veri
 from autoreid.errors import UserError
@@ -24,13 +26,6 @@ VEHICLES = {
     "image_query": ["0002_c002_00030600_0.jpg"],
     "image_test": ["0002_c002_00030605_1.jpg", "0002_c013_00030630_0.jpg"],
 }
-MESS = ["Thumbs.db", ".DS_Store", "._0002_c1s1_000451_03.jpg", "readme.txt"]
-
-
-def jpeg() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 16), (90, 40, 20)).save(file, "JPEG")
-    return file.getvalue()
 
 
 def make(folder, files=None, parts=None):
@@ -39,7 +34,7 @@ def make(folder, files=None, parts=None):
         if parts is None or directory in parts:
             (folder / directory / "__MACOSX").mkdir(parents=True)
             for name in [*names, *MESS]:
-                (folder / directory / name).write_bytes(jpeg())
+                (folder / directory / name).write_bytes(JPEG)
     return folder
 
 
@@ -59,8 +54,8 @@ def test_market_under_every_folder_name(tmp_path, inside):
         Sample(str(folder / "bounding_box_train" / "0002_c2s1_000451_01.jpg"), 2, 2),
         Sample(str(folder / "bounding_box_train" / "0007_c3s3_000001_01.jpg"), 7, 3),
     )
-    assert [s[1:] for s in splits.query] == [(1, 1), (3, 6)]
-    assert [s[1:] for s in splits.gallery] == [(0, 1), (1, 2), (3, 6)]  # distractor kept, junk left out
+    assert [s[1:3] for s in splits.query] == [(1, 1), (3, 6)]
+    assert [s[1:3] for s in splits.gallery] == [(0, 1), (1, 2), (3, 6)]  # distractor kept, junk left out
     assert (splits.name, splits.protocol, splits.junk) == ("market", "market1501", 2)
     assert load("market", folder) == splits  # the dataset's folder itself
 
@@ -69,8 +64,8 @@ def test_market_under_every_folder_name(tmp_path, inside):
 def test_veri_has_three_digit_cameras(tmp_path, inside):
     make(tmp_path / inside, VEHICLES)
     splits = load("veri", tmp_path)
-    assert [s[1:] for s in splits.train] == [(1, 1), (1, 20)]
-    assert [s[1:] for s in splits.gallery] == [(2, 2), (2, 13)]
+    assert [s[1:3] for s in splits.train] == [(1, 1), (1, 20)]
+    assert [s[1:3] for s in splits.gallery] == [(2, 2), (2, 13)]
     assert (splits.protocol, splits.junk) == ("veri", 0)
 
 
@@ -164,9 +159,9 @@ def test_names_that_do_not_parse(tmp_path):
 def test_check_counts_and_names_what_to_mend(tmp_path):
     make(tmp_path)
     train = tmp_path / "bounding_box_train"
-    (train / "0002_c2s1_000451_01.jpg").write_bytes(jpeg()[:-300])  # truncated: the header still opens
+    (train / "0002_c2s1_000451_01.jpg").write_bytes(JPEG[:-300])  # truncated: the header still opens
     (train / "0007_c3s3_000001_01.jpg").write_bytes(b"not an image")
-    (train / "photo.jpg").write_bytes(jpeg())
+    (train / "photo.jpg").write_bytes(JPEG)
     report = check("market", tmp_path)
     assert report["splits"] == {
         "train": {"images": 3, "identities": 2, "cameras": 3, "junk": 0, "distractors": 0, "unparsed": 1},
@@ -183,6 +178,7 @@ def test_check_counts_and_names_what_to_mend(tmp_path):
         "query: 2 identities differs from the official 750",
         "gallery: 5 images differs from the official 19,732",
         "gallery: 2 identities differs from the official 750",
+        "4 cameras differs from the official 6",
     ]
     assert report["problems"] == [
         "train: 1 images are not named like 0002_c1s1_000451_03.jpg and are ignored, the first is 'photo.jpg'; "
@@ -209,8 +205,13 @@ def test_check_reports_a_missing_part_and_goes_on(tmp_path):
     )
 
 
-def test_a_list_of_samples_needs_no_torch():
+@pytest.mark.slow
+def test_the_drawn_vehicles_agree_with_their_own_oracle(tmp_path):
+    assert check("drawn-vehicles-tiny", tmp_path)["problems"] == []
+
+
+def test_a_list_of_samples_needs_no_torch_and_no_matlab():
     import subprocess
 
-    code = "import sys, autoreid.data; sys.exit('torch' in sys.modules)"
+    code = "import sys, autoreid.data; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'scipy', 'h5py')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,5 +1,7 @@
 """Features from a network, metrics from features, and a retrieval task out of training identities."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from autoreid import evaluate as module
 from autoreid.data import Sample
 from autoreid.errors import UserError
-from autoreid.evaluate import evaluate, extract, held_out_split
+from autoreid.evaluate import Evaluation, evaluate, extract, extract_readable, held_out_split
 from autoreid.loading import load_images, normalise
-from autoreid.metrics import retrieval_metrics
+from autoreid.metrics import metrics_from_distances, retrieval_metrics
+from autoreid.rerank import expand_queries, rerank
 
 SIZE = (16, 8)
 
@@ -92,6 +96,131 @@ def test_evaluate_is_extract_then_metrics(people):
     assert expected.mAP > 0.5 and expected.scored == expected.total == 15
 
 
+@pytest.fixture(scope="module")
+def tracklets(people) -> list[Sample]:
+    """One tracklet of 1 to 5 frames after the other, and a single picture without frames."""
+    paths, made, start = [s.path for s in people], [], 0
+    for n, length in enumerate((3, 1, 5, 2, 4)):
+        frames = tuple(paths[start : start + length])
+        made.append(Sample(frames[0], n // 2, n % 2, frames))
+        start += length
+    return [*made, people[-1]]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 128])
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_tracklets_feature_is_the_mean_or_the_maximum_of_its_frames(tracklets, batch, views):
+    net = a_net().eval()
+    one_by_one = []
+    for sample in tracklets:
+        frames = [sample._replace(path=path, frames=()) for path in sample.frames or [sample.path]]
+        one_by_one.append(extract(net, frames, SIZE, views=views))
+    mean = extract(net, tracklets, SIZE, batch=batch, views=views)
+    torch.testing.assert_close(mean, torch.stack([frames.sum(0) / len(frames) for frames in one_by_one]))
+    largest = extract(net, tracklets, SIZE, batch=batch, views=views, pooling="max")
+    torch.testing.assert_close(largest, torch.stack([frames.max(0).values for frames in one_by_one]))
+    assert not torch.equal(mean, largest)
+    for features in (mean, largest):
+        assert features.dtype == torch.float32 and not features.is_inference() and not features.requires_grad
+    with pytest.raises(UserError, match="^unknown pooling 'median';.* known: max, mean$"):
+        extract(net, tracklets, SIZE, pooling="median")
+
+
+def test_no_more_frames_in_memory_than_a_batch(tracklets, monkeypatch):
+    sizes, load = [], module.load_images
+    monkeypatch.setattr(module, "load_images", lambda samples, size: (sizes.append(len(samples)), load(samples, size))[1])
+    extract(a_net(), tracklets, SIZE, batch=4)
+    assert sizes == [4, 4, 4, 4]  # 16 pictures of 6 samples
+
+
+def broken(people, folder, *numbers):
+    """The same samples, of which these are half a file."""
+    samples = list(people)
+    for n in numbers:
+        path = folder / f"broken_{n}.png"
+        path.write_bytes(Path(people[n].path).read_bytes()[:60])
+        samples[n] = people[n]._replace(path=str(path))
+    return samples
+
+
+def test_unreadable_pictures_are_named_or_left_out(people, tmp_path):
+    samples = broken(people, tmp_path, 0, 3, 29)
+    samples[8] = samples[8]._replace(path="/gone.jpg")
+    net = a_net()
+    with pytest.raises(UserError, match=f"^image {samples[0].path} is truncated or unreadable;"):
+        extract(net, samples, SIZE, batch=7)
+    features, kept, unreadable = extract_readable(net, samples, SIZE, batch=7)
+    assert unreadable == [samples[n].path for n in (0, 3, 8, 29)]
+    assert kept == [people[n] for n in range(30) if n not in (0, 3, 8, 29)]
+    torch.testing.assert_close(features, extract(net, kept, SIZE))
+    whole, same, none = extract_readable(net, people, SIZE)
+    assert (same, none) == (people, []) and torch.equal(whole, extract(net, people, SIZE))
+    for batch in (1, 2):  # a whole batch may be unreadable, also the first
+        assert torch.allclose(extract_readable(net, samples, SIZE, batch=batch)[0], features, atol=1e-6)
+    with pytest.raises(UserError, match=f"^none of the 2 images can be read, the first is {samples[0].path};"):
+        extract_readable(net, [samples[0], samples[3]], SIZE)
+    assert net.training
+
+
+def test_a_tracklet_remains_while_one_of_its_frames_does(people, tmp_path):
+    bad = [s.path for s in broken(people, tmp_path, 0, 1, 2, 3)[:4]]
+    half = Sample(bad[0], 1, 1, (bad[0], people[4].path, people[5].path))
+    nothing = Sample(bad[1], 2, 1, tuple(bad[1:4]))
+    features, kept, unreadable = extract_readable(a_net(), [half, nothing, people[6]], SIZE)
+    assert (kept, unreadable) == ([half, people[6]], bad)
+    torch.testing.assert_close(features[0], extract(a_net(), people[4:6], SIZE).mean(0))
+
+
+def test_evaluate_counts_what_it_leaves_out(people, tmp_path):
+    query, gallery = held_out_split(broken(people, tmp_path, 0, 9, 20))
+    gone = {s.path for s in [*query, *gallery] if "broken" in s.path}
+    net = a_net()
+    with pytest.raises(UserError, match="is truncated or unreadable"):
+        evaluate(net, query, gallery, SIZE)
+    metrics = evaluate(net, query, gallery, SIZE, how=Evaluation(skip_unreadable=True))
+    assert len(gone) == metrics.unreadable == metrics.to_dict()["unreadable"] == 3
+    rest = [[s for s in part if s.path not in gone] for part in (query, gallery)]
+    expected = evaluate(net, *rest, SIZE)
+    assert expected.unreadable == 0 and metrics.total == expected.total
+    assert {**metrics.to_dict(), "unreadable": 0} == expected.to_dict()
+
+
+def test_one_list_is_extracted_once_and_draws_its_gallery(people, monkeypatch):
+    calls, load = [], module.load_images
+    monkeypatch.setattr(module, "load_images", lambda samples, size: (calls.extend(samples), load(samples, size))[1])
+    net = a_net()
+    features, tags = extract(net, people, SIZE), ([s.identity for s in people], None)
+    for gallery in (people, list(people)):
+        calls.clear()
+        metrics = evaluate(net, people, gallery, SIZE, protocol="vehicleid/test-800")
+        assert len(calls) == 30
+        assert metrics == retrieval_metrics(features, *tags, features, *tags, protocol="vehicleid/test-800")
+    assert (metrics.repeats, metrics.total, metrics.scored) == (10, 25, 25) and metrics.std is not None
+
+
+def test_the_denominator_and_the_pooling_reach_the_metrics(people, tracklets):
+    net = a_net()
+    query, gallery = people[:6], people[2:12]  # identity 1's camera 1 asks, 2 and 3 answer
+    lonely = [*query, people[29]]
+    choices = [Evaluation(denominator=name) for name in ("scored", "all")]
+    scored, everyone = (evaluate(net, lonely, gallery, SIZE, how=how) for how in choices)
+    assert everyone.mAP * 7 == pytest.approx(scored.mAP * scored.scored) and scored.scored < 7
+    for pooling in ("mean", "max"):
+        features = extract(net, tracklets, SIZE, pooling=pooling)
+        sides = ([s.identity for s in tracklets], [s.camera for s in tracklets])
+        expected = retrieval_metrics(features, *sides, features, *sides, protocol="mars")
+        assert evaluate(net, tracklets, tracklets, SIZE, protocol="mars", how=Evaluation(frames=pooling)) == expected
+
+
+def test_a_query_must_not_find_itself(people):
+    with pytest.raises(UserError) as error:
+        evaluate(a_net(), people[:4], people[2:], SIZE, protocol="plain")
+    assert str(error.value) == (
+        f"2 pictures are query and gallery at once, the first is {people[2].path}, and protocol 'plain' would find each "
+        "at the first place; take them out of the gallery"
+    )
+
+
 def test_held_out_split_by_hand():
     def s(identity, camera, n):
         return Sample(f"/{identity}_{camera}_{n}", identity, camera)
@@ -118,3 +247,35 @@ def test_every_held_out_query_has_a_match_from_another_camera(tags):
         assert any(g.identity == q.identity and g.camera != q.camera for g in gallery)
     several = {s.identity for s in samples if len({o.camera for o in samples if o.identity == s.identity}) > 1}
     assert {q.identity for q in query} == several
+
+
+def test_without_cameras_the_first_image_of_an_identity_asks():
+    samples = [Sample(f"/{i}_{n}.jpg", i, 0) for i, count in ((1, 3), (2, 1), (3, 2)) for n in range(count)]
+    query, gallery = held_out_split(samples)
+    assert [s.path for s in query] == ["/1_0.jpg", "/3_0.jpg"]
+    assert sorted([*query, *gallery]) == samples
+
+
+def test_reranking_and_expansion_are_those_of_rerank_py(people):
+    net, query, gallery = a_net(), *held_out_split(people)
+    tags = [([s.identity for s in part], [s.camera for s in part]) for part in (query, gallery)]
+    asking, answering = (extract(net, part, SIZE) for part in (query, gallery))
+    ranked = metrics_from_distances(rerank(asking, answering, 4, 2, 0.3), *tags[0], *tags[1])
+    assert evaluate(net, query, gallery, SIZE, how=Evaluation(rerank=(4, 2, 0.3))) == ranked
+    longer = expand_queries(asking, answering, 3, 1.0)
+    unit = answering / answering.norm(dim=1, keepdim=True)
+    expanded = retrieval_metrics(longer, *tags[0], unit, *tags[1])
+    assert evaluate(net, query, gallery, SIZE, how=Evaluation(expand=(3, 1.0))) == expanded
+
+
+@pytest.mark.parametrize(("how", "protocol", "words"), [
+    ({"rerank": (0, 6, 0.3)}, "market1501", "k1 must be a whole number of neighbours, 1 or more, got 0"),
+    ({"expand": (3, -1.0)}, "market1501", "alpha must be 0 (plain mean) or above, got -1.0;"),
+    ({"rerank": (20, 6, 0.3)}, "vehicleid/test-800", "protocol 'vehicleid/test-800' draws its gallery anew, and"),
+    ({"frames": "mid"}, "mars", "unknown frames 'mid'; known: max, mean"),
+    ({"denominator": "none"}, "plain", "unknown denominator 'none'; known: all, scored"),
+])
+def test_an_evaluation_is_checked_before_anything_runs(how, protocol, words):
+    with pytest.raises(UserError) as fault:
+        Evaluation(**how).check(protocol)
+    assert str(fault.value).startswith(words)

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "autoreid"
 LAYERS = [
     {"version", "errors", "options"},
-    {"genotype", "space", "runs", "recipe"},
-    {"ops", "losses", "metrics", "rerank", "cost", "data"},
-    {"cell", "heads", "backbones", "loading", "evaluate", "swag"},
+    {"genotype", "space", "runs", "recipe", "protocols"},
+    {"ops", "losses", "ranking", "rerank", "metrics", "cost", "data"},
+    {"cell", "heads", "backbones", "augment", "pictures", "loading", "evaluate", "ranked", "swag"},
     {"supernet", "network", "pretrained"},
     {"search", "train"},
     {"tune", "anytime", "compress", "export", "compare", "density"},
@@ -21,6 +21,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within a layer, what a later module of the same row may read of an earlier one
 SAME_LAYER = {("space", "genotype"), ("recipe", "runs"), ("options", "errors"), ("errors", "version"),
+              ("metrics", "ranking"), ("metrics", "rerank"), ("loading", "augment"), ("loading", "pictures"),
               ("evaluate", "loading"), ("report", "plots"), ("__main__", "cli")}
 EMPTY_WORDS = {"utils", "helpers", "common", "base", "engine", "manager", "registry"}
 

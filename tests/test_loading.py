@@ -1,14 +1,26 @@
-"""Loading: the search split, the P x K sampler, and batches that depend on nothing but their name."""
+"""Loading: the search split, the P x K sampler, batches that depend on nothing but their name, pictures kept in a file."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from collections import namedtuple
 
 import numpy as np
 import pytest
 import reference
+import reference_loading
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+import autoreid.pictures
+from autoreid import augment
 from autoreid.data import Sample
 from autoreid.errors import UserError
 from autoreid.loading import (
@@ -17,12 +29,15 @@ from autoreid.loading import (
     Augment,
     PKSampler,
     TrainLoader,
+    finish,
     load_image,
     load_images,
     normalise,
+    readable,
     relabel,
     split_for_search,
 )
+from autoreid.pictures import Pictures
 
 SIZE = (32, 16)
 STILL = Augment(flip=0, pad=0, erase=0)
@@ -254,3 +269,403 @@ def test_load_images_keeps_the_order_and_makes_grey_images_rgb(tmp_path):
     with torch.inference_mode():
         assert load_images([Sample(str(tmp_path / "10.png"), 1, 1)], SIZE).shape == (1, 3, *SIZE)
     assert images[0].unique().tolist() == [200] and images[1].unique().tolist() == [10]
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.tuples(st.integers(2, 9), st.integers(2, 7)),
+    larger=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    pad=st.integers(0, 12),
+    chances=st.tuples(st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.0, 0.7, 1.0])),
+    seed=st.integers(0, 2**40),
+)
+def test_a_batch_is_its_pictures_one_pixel_at_a_time(size, larger, pad, chances, seed):
+    picture = (size[0] + larger[0], size[1] + larger[1])
+    numbers = augment.random_numbers(seed, 2, 5, 6)
+    pictures = np.random.default_rng(seed).integers(0, 256, (6, 3, *picture), dtype=np.uint8)
+    plan = augment.make_plan(Augment(chances[0], pad, chances[1]), numbers, picture, size)
+    images = augment.crop(list(pictures), plan, size)
+    boxes = torch.from_numpy(plan.boxes)
+    finished = finish(images, boxes)
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, *size) and finished.dtype == torch.float32
+    for i, row in enumerate(numbers.tolist()):
+        # frame, flip, top, left, erase, box top, box left, ten areas, ten ratios
+        top, left = (reference_loading.place(row[2 + d], pad, picture[d], size[d]) for d in (0, 1))
+        image = reference_loading.crop(pictures[i].tolist(), row[1] < chances[0], top, left, *size)
+        assert images[i].tolist() == image
+        attempts = list(zip(row[7:17], row[17:27], strict=True))
+        box = reference_loading.box(row[4], row[5], row[6], attempts, chances[1], *size)
+        assert tuple(boxes[i].tolist()) == box
+        expected = torch.tensor(reference_loading.finish(image, box), dtype=torch.float64)
+        torch.testing.assert_close(finished[i].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_normalise_is_that_of_torchvision_for_every_value():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    expected = v2.functional.normalize(images.double() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    torch.testing.assert_close(normalise(images).double(), expected, atol=1e-6, rtol=0)
+    with torch.inference_mode():
+        assert torch.equal(normalise(images), normalise(images))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_finishes_the_same_batch():
+    images = torch.randint(0, 256, (4, 3, 32, 16), dtype=torch.uint8)
+    boxes = torch.tensor([[0, 0, 0, 0], [1, 2, 3, 4], [0, 0, 31, 15], [5, 5, 1, 1]])
+    assert torch.equal(finish(images.cuda(), boxes).cpu(), finish(images, boxes))
+
+
+def test_random_numbers_are_those_of_seed_epoch_batch_and_position():
+    rows = augment.random_numbers(1, 2, 3, 8)
+    assert rows.shape == (8, augment.COLUMNS) and (rows >= 0).all() and (rows < 1).all()
+    assert np.array_equal(augment.random_numbers(1, 2, 3, 5), rows[:5])  # whatever else is in the batch
+    for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+        assert not np.intersect1d(augment.random_numbers(*other, 8), rows).size
+    # batch 0 does not replay what the sampler drew: a trailing 0 would not change numpy's stream
+    assert not np.intersect1d(augment.random_numbers(1, 2, 0, 8), np.random.default_rng([1, 2]).random(500)).size
+
+
+class Given:
+    """A sampler with the batches that it is given."""
+
+    def __init__(self, batches) -> None:
+        self.given = batches
+
+    def batches(self, epoch):
+        return self.given
+
+
+def test_a_place_in_a_batch_does_not_depend_on_the_others(pictures):
+    def batch(indices, **options):
+        labels = list(range(len(pictures)))
+        return next(TrainLoader(pictures, labels, SIZE, Given([indices]), PADDED, 3, **options).epoch(0))[0]
+
+    whole = batch([5, 0, 7, 7, 2])
+    assert torch.equal(batch([5, 0, 7]), whole[:3])
+    assert torch.equal(batch([1, 0, 3, 7, 4])[[1, 3]], whole[[1, 3]])
+    assert not torch.equal(whole[2], whole[3])  # the same picture, another place
+
+
+@pytest.mark.parametrize("size", [(256, 128), (24, 8), (9, 60)])
+def test_erased_boxes_have_the_distribution_of_torchvision(size):
+    """Area, ratio and place of the box, and how often ten attempts are not enough, beside torchvision's own draws."""
+    count = 4000
+    torch.manual_seed(5)
+    image = torch.zeros(3, *size)
+    theirs = np.array([v1.RandomErasing.get_params(image, (0.02, 0.4), (0.3, 3.3), [0.0])[:4] for _ in range(count)])
+    ours = augment.make_plan(Augment(erase=1), augment.random_numbers(7, 0, 0, count), size, size).boxes
+    kept = [ours[ours[:, 2] > 0], theirs[(theirs[:, 2] < size[0]) | (theirs[:, 3] < size[1])]]
+    chance = [len(boxes) / count for boxes in kept]
+    assert abs(chance[0] - chance[1]) < 4 * np.sqrt(0.5 / count)
+    bound = 1.95 * np.sqrt(2 / len(kept[1]))  # met by one pair of equal distributions in a thousand
+    for measure in (
+        lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3],
+        lambda b: b[:, 0] / (size[0] - b[:, 2]), lambda b: b[:, 1] / (size[1] - b[:, 3]),
+    ):
+        assert furthest(*(measure(boxes) for boxes in kept)) < bound
+    area = [boxes[:, 2] * boxes[:, 3] for boxes in kept]
+    assert furthest(area[0] * 1.1, area[1]) > bound  # a tenth more would be seen
+    assert ((ours[:, :2] + ours[:, 2:]) <= np.array(size)).all() and (ours >= 0).all()
+    half = augment.make_plan(Augment(erase=0.3), augment.random_numbers(7, 0, 0, count), size, size).boxes
+    drawn = half[:, 2] > 0
+    assert np.array_equal(half[drawn], ours[drawn])
+    assert abs(drawn.mean() - 0.3 * chance[0]) < 4 * np.sqrt(0.21 / count)
+
+
+def furthest(a, b) -> float:
+    """Kolmogorov and Smirnov's distance: how far the two samples' distribution functions are apart at most."""
+    values = np.concatenate([a, b])
+    share = [np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (a, b)]
+    return float(np.abs(share[0] - share[1]).max())
+
+
+def test_mirrors_and_crops_are_uniform():
+    plan = augment.make_plan(Augment(flip=0.25, pad=2), augment.random_numbers(0, 0, 0, 6000), (10, 6), (8, 6))
+    assert abs(plan.flip.mean() - 0.25) < 0.025
+    for places, of in zip(plan.corner.T, (range(-2, 5), range(-2, 3)), strict=True):
+        assert sorted(set(places.tolist())) == list(of)
+        counts = np.bincount(places + 2)
+        assert np.abs(counts / 6000 - 1 / len(of)).max() < 0.025
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_raw_batches_are_finished_elsewhere_with_the_same_values(pictures, workers):
+    finished = list(loader(pictures, Augment(pad=4, enlarge=1.25, erase=0.7)).epoch(1))
+    raw = list(loader(pictures, Augment(pad=4, enlarge=1.25, erase=0.7), workers, raw=True).epoch(1))
+    assert raw[0][0].dtype == torch.uint8 and raw[0][1].shape == (6, 4)
+    assert sum(boxes[:, 2].count_nonzero() for _, boxes, _ in raw) > 5
+    assert same([(finish(images, boxes), labels) for images, boxes, labels in raw], finished)
+
+
+# ---------------------------------------------------------------------------------------------- tracklets, bad files
+
+Tracklet = namedtuple("Tracklet", "path identity camera frames")
+
+
+def test_of_a_tracklet_a_random_frame_is_shown(tmp_path):
+    for value in range(12):
+        Image.new("RGB", (16, 32), (20 * value, 0, 0)).save(tmp_path / f"{value}.png")
+    frames = [tuple(str(tmp_path / f"{value}.png") for value in of) for of in ((0,), range(1, 4), range(4, 11))]
+    samples = [Tracklet("nowhere", i, 0, of) for i, of in enumerate(frames)] + [Sample(str(tmp_path / "11.png"), 3, 0)]
+    made = TrainLoader(samples, [0, 1, 2, 3], SIZE, Given([[2, 0, 1, 3]] * 60), STILL, 3, raw=True)
+    first, second = ([tuple(b[0][:, 0, 0, 0].div(20).int().tolist()) for b in made.epoch(e)] for e in (0, 1))
+    shown = [set(column) for column in zip(*first, strict=True)]
+    assert shown == [set(range(4, 11)), {0}, {1, 2, 3}, {11}]
+    assert first != second and first == [
+        tuple(b[0][:, 0, 0, 0].div(20).int().tolist())
+        for b in TrainLoader(samples, [0, 1, 2, 3], SIZE, Given([[2, 0, 1, 3]] * 60), STILL, 3, 2, raw=True).epoch(0)
+    ]
+
+
+def test_readable_leaves_out_what_cannot_be_decoded(pictures, tmp_path):
+    cut, gone, empty = (str(tmp_path / name) for name in ("cut.jpg", "gone.jpg", "empty.png"))
+    with open(pictures[0].path, "rb") as file, open(cut, "wb") as short:
+        short.write(file.read()[:400])
+    open(empty, "w").close()
+    good = pictures[0].path
+    samples = [
+        Sample(cut, 1, 0), pictures[1], Sample(gone, 2, 0), Sample(empty, 2, 1), Sample(cut, 9, 1),
+        Tracklet(cut, 3, 0, (cut, good, gone, pictures[2].path)), Tracklet(cut, 4, 0, (cut, gone)),
+        Tracklet(good, 5, 0, (good,)),
+    ]
+    kept, unreadable = readable(samples)
+    assert kept == [pictures[1], Tracklet(good, 3, 0, (good, pictures[2].path)), samples[7]]
+    assert unreadable == [cut, gone, empty]
+    assert readable(pictures) == (pictures, [])
+
+
+# ------------------------------------------------------------------------------------------------------ kept pictures
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths that are decoded from now on."""
+    seen, decode = [], autoreid.pictures._decode
+    monkeypatch.setattr(autoreid.pictures, "_decode", lambda path, size: seen.append(path) or decode(path, size))
+    return seen
+
+
+def paths_of(samples) -> list[str]:
+    return [s.path for s in samples]
+
+
+def all_of(pictures: Pictures) -> np.ndarray:
+    return np.stack(pictures.read(range(len(pictures))))
+
+
+def test_a_picture_is_decoded_once_and_by_later_runs_never(pictures, tmp_path, decoded):
+    expected = [list(loader(pictures, cache_bytes=0).epoch(e)) for e in (0, 1)]
+    assert len(decoded) > 24  # each time anew
+    decoded.clear()
+    first = loader(pictures, cache=tmp_path / "cache")
+    assert [same(first.epoch(e), expected[e]) for e in (0, 1)] == [True, True]
+    assert sorted(decoded) == sorted(paths_of(pictures))
+    decoded.clear()
+    assert same(loader(pictures, cache=str(tmp_path / "cache")).epoch(0), expected[0])
+    assert same(loader(pictures, workers=2, cache=tmp_path / "cache").epoch(1), expected[1])
+    assert decoded == []
+    (file,) = (tmp_path / "cache").glob("*.pictures")
+    assert file.name.endswith("-32x16.pictures")
+
+
+def test_the_workers_fill_the_file(pictures, tmp_path, decoded):
+    batches = list(loader(pictures, workers=2, cache=tmp_path).epoch(0))
+    assert same(loader(pictures, cache=tmp_path).epoch(0), batches)
+    assert decoded == []
+
+
+def test_other_pictures_have_another_file(tmp_path, decoded):
+    names = [str(tmp_path / f"{i}.bmp") for i in range(3)]
+
+    def draw(path, red, width=16, time=1_000_000_000):
+        Image.new("RGB", (width, 32), (red, 0, 0)).save(path)
+        os.utime(path, ns=(time, time))
+
+    def reds(paths, size=SIZE) -> list[int]:
+        decoded.clear()
+        kept = all_of(Pictures(paths, size, tmp_path / "cache"))
+        assert kept.shape == (len(paths), 3, *size) and decoded in ([], paths)
+        return [*kept[:, 0, 0, 0].tolist(), "kept" if decoded == [] else "decoded"]
+
+    for i, path in enumerate(names):
+        draw(path, i)
+    assert reds(names) == [0, 1, 2, "decoded"]
+    assert reds(names) == [0, 1, 2, "kept"]
+    draw(names[1], 77, time=1_000_000_001)
+    assert reds(names) == [0, 77, 2, "decoded"]
+    draw(names[1], 88, width=17, time=1_000_000_001)
+    assert reds(names) == [0, 88, 2, "decoded"]
+    draw(names[1], 1)
+    assert reds(names) == [0, 1, 2, "kept"]  # as it was at first
+    assert reds(names[:1]) == [0, "decoded"]
+    assert reds(names[2:]) == [2, "decoded"]  # another path, of the same size and time
+    assert reds(names[::-1]) == [2, 1, 0, "decoded"]
+    assert reds(names, (16, 32)) == [0, 1, 2, "decoded"]
+    assert reds([os.path.relpath(path) for path in names]) == [0, 1, 2, "kept"]
+
+
+def test_a_checksum_is_computed_once(pictures, tmp_path, monkeypatch):
+    kept, checksum, calls = Pictures(paths_of(pictures), SIZE, tmp_path), autoreid.pictures._checksum, []
+    expected = all_of(kept)
+    monkeypatch.setattr(autoreid.pictures, "_checksum", lambda picture: calls.append(1) or checksum(picture))
+    assert np.array_equal(all_of(kept), expected) and not calls
+    assert np.array_equal(all_of(Pictures(kept.paths, SIZE, tmp_path)), expected) and len(calls) == len(kept)
+
+
+def test_damaged_pictures_are_decoded_again(pictures, tmp_path, decoded):
+    paths = paths_of(pictures)
+    expected = all_of(Pictures(paths, SIZE, tmp_path))
+    (file,) = tmp_path.glob("*.pictures")
+    good = file.read_bytes()
+    start, each = len(good) - expected.size, expected[0].size
+
+    def again(content) -> int:
+        file.write_bytes(content)
+        decoded.clear()
+        assert np.array_equal(all_of(Pictures(paths, SIZE, tmp_path)), expected)
+        assert file.read_bytes() == good  # mended
+        return len(decoded)
+
+    assert start == 8192 and again(good) == 0
+    one_pixel, one_sum = bytearray(good), bytearray(good)
+    one_pixel[start + 5 * each + 77] ^= 1
+    one_sum[4096 + 8 * 3] ^= 1
+    assert again(one_pixel) == 1 and decoded == [paths[5]]
+    assert again(one_sum) == 1 and decoded == [paths[3]]
+    swapped = good[:start] + good[start + each : start + 2 * each] + good[start : start + each] + good[start + 2 * each :]
+    assert again(swapped) == 2
+    assert again(good[:start] + bytes(expected.size)) == len(paths)  # the pixels were lost in a power cut
+    for foreign in (good[:-1], good + b"x", b"", b"something else", bytes(len(good)), b"x" + good[1:]):
+        assert again(foreign) == len(paths)
+
+
+def test_a_killed_process_leaves_whole_pictures(pictures, tmp_path, decoded):
+    paths = paths_of(pictures)
+    expected = all_of(Pictures(paths, SIZE))
+    decoded.clear()
+
+    calls, checksum = iter(range(99)), autoreid.pictures._checksum
+
+    def die_at_the_fourth(picture):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)  # its pixels are written, its checksum is not
+        return checksum(picture)
+
+    def killed():
+        autoreid.pictures._checksum = die_at_the_fourth  # in the child alone
+        all_of(Pictures(paths, SIZE, tmp_path))
+
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert np.array_equal(all_of(Pictures(paths, SIZE, tmp_path)), expected)
+    assert decoded == paths[3:]
+
+
+def test_processes_at_once_share_one_file(pictures, tmp_path):
+    paths, context = paths_of(pictures), multiprocessing.get_context("fork")
+    expected = all_of(Pictures(paths, SIZE))
+    together, outcomes = context.Barrier(4), context.Queue()
+
+    reserve, made = os.posix_fallocate, []
+
+    def slowly(*arguments):
+        made.append(1)
+        time.sleep(0.1)
+        reserve(*arguments)
+
+    def run(number):
+        autoreid.pictures.os.posix_fallocate = slowly  # in the child alone: the others come while it is being made
+        together.wait()
+        kept = Pictures(paths, SIZE, tmp_path)
+        order = np.random.default_rng(number).permutation(len(paths)).tolist()
+        outcomes.put((all(np.array_equal(kept.read([n])[0], expected[n]) for n in order), len(made)))
+
+    children = [context.Process(target=run, args=(number,)) for number in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 4
+    assert sorted(outcomes.get() for _ in children) == [(True, 0)] * 3 + [(True, 1)]  # one made it
+    assert len(list(tmp_path.glob("*.pictures"))) == 1
+    assert np.array_equal(all_of(Pictures(paths, SIZE, tmp_path)), expected)
+
+
+def test_a_spawned_worker_opens_the_same_file(pictures, tmp_path, decoded):
+    kept = Pictures(paths_of(pictures), SIZE, tmp_path)
+    expected = all_of(kept)
+    decoded.clear()
+    data = pickle.dumps(kept)
+    assert len(data) < 20_000  # the names, not the pixels
+    assert np.array_equal(all_of(pickle.loads(data)), expected) and decoded == []
+    assert np.array_equal(all_of(pickle.loads(pickle.dumps(Pictures(kept.paths, SIZE)))), expected)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_threads_decode_in_order(pictures, tmp_path, cache_bytes):
+    torch.set_num_threads(3)
+    numbers = [7, 3, 3, 20, 0, 7]
+    read = Pictures(paths_of(pictures), SIZE, cache_bytes=cache_bytes).read(numbers)
+    assert np.array_equal(np.stack(read), load_images([pictures[n] for n in numbers], SIZE).numpy())
+    missing = Pictures([*paths_of(pictures), "/no/such.jpg"], SIZE, cache_bytes=cache_bytes)
+    assert said(missing.read, [1, 24, 2]).startswith("no image /no/such.jpg; ")
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_bytes": 0}, {"cache": "here"}])
+def test_kept_pictures_cannot_be_written_to(pictures, tmp_path, options):
+    if "cache" in options:
+        options = {"cache": tmp_path}
+    kept = Pictures(paths_of(pictures), SIZE, **options)
+    one, two = kept.read([4, 4])
+    assert np.array_equal(one, load_image(pictures[4].path, SIZE).numpy()) and np.array_equal(one, two)
+    with pytest.raises(ValueError, match="read-only"):
+        one[0] = 0
+
+
+def test_space_for_the_cache_is_looked_for_and_reserved(pictures, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(autoreid.pictures.shutil, "disk_usage", lambda folder: usage(0, 0, 36_000))
+    assert said(Pictures, paths_of(pictures), SIZE, tmp_path) == (
+        f"the picture cache takes 0.00 GB and {tmp_path} has 0.00 GB free; make room, give --cache another folder, "
+        "or leave it out"
+    )
+    monkeypatch.undo()
+    kept = Pictures(paths_of(pictures), SIZE, tmp_path)
+    (file,) = tmp_path.glob("*.pictures")
+    assert file.stat().st_size == 8192 + len(kept) * 3 * 32 * 16
+    assert file.stat().st_blocks * 512 >= file.stat().st_size  # before a picture was read
+    file.unlink()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(autoreid.pictures.os, "posix_fallocate", full)
+    assert said(Pictures, paths_of(pictures), SIZE, tmp_path) == (
+        f"cache folder {tmp_path} cannot be used: No space left on device; give --cache a folder that can be written, "
+        "or leave it out"
+    )
+    assert not list(tmp_path.glob("*.pictures"))
+
+
+def test_cache_mistakes(pictures, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert said(Pictures, paths_of(pictures), SIZE, tmp_path / "file") == (
+        f"cache folder {tmp_path / 'file'} cannot be used: File exists; give --cache a folder that can be written, "
+        "or leave it out"
+    )
+    assert said(Pictures, ["/no/such.jpg"], SIZE, tmp_path) == (
+        "no image /no/such.jpg; the dataset changed or moved: check it with `autoreid data NAME --root DIR`"
+    )
+    assert len(Pictures([], SIZE, tmp_path)) == 0
+
+
+def test_a_cache_under_the_home_folder(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Pictures(paths_of(pictures), SIZE, "~/kept")
+    assert len(list((tmp_path / "kept").glob("*.pictures"))) == 1

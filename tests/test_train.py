@@ -179,9 +179,9 @@ def test_the_recipes_augmentation_and_clipping_reach_the_loop(market, tmp_path, 
     samples, seen = data.load("market", market, parts=("train",)).train, {}
     loader, clip = autoreid.train.TrainLoader, autoreid.train.nn.utils.clip_grad_norm_
 
-    def watched(samples, labels, size, sampler, augment, *rest):
+    def watched(samples, labels, size, sampler, augment, *rest, **options):
         seen.update(size=size, augment=augment, seed=rest[0], batch=len(sampler.batches(0)[0]))
-        return loader(samples, labels, size, sampler, augment, *rest)
+        return loader(samples, labels, size, sampler, augment, *rest, **options)
 
     def clipped(parameters, norm):
         seen["clip"] = norm

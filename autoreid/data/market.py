@@ -2,7 +2,7 @@
 
 A file name is ``0002_c1s1_000451_03.jpg``: identity (4 digits, or ``-1``), camera (one digit), sequence, frame, box.
 Identity ``-1`` is junk (a bad detection: it never takes part in a ranking); ``0000`` is a distractor (it is ranked and
-matches nothing). A module with these names is a layout; ``autoreid.data`` reads every dataset from one.
+matches nothing). A module with these names is a layout; ``autoreid.data.layout`` reads every such set from one.
 """
 
 import re
@@ -25,3 +25,4 @@ EXAMPLE = "0002_c1s1_000451_03.jpg"
 # Official counts: every file of the folder (junk and distractors too); identities without junk and distractors.
 IMAGES = {"train": 12_936, "query": 3_368, "gallery": 19_732}
 IDENTITIES = {"train": 751, "query": 750, "gallery": 750}
+CAMERAS = 6
