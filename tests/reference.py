@@ -180,10 +180,11 @@ class LiteralPartAware(nn.Module):
             mean = x[:, :, rows].mean(dim=(2, 3))
             vectors.append(m.body_norm[i](m.body[i](torch.relu(mean))))
         mixed = []
+        keys, queries = [m.key(v) for v in vectors], [m.query(v) for v in vectors]
         for a in range(parts):
-            scores = [(m.key(vectors[a]) * m.query(vectors[b])).sum(dim=1) for b in range(parts)]
+            scores = [(keys[a][:, None] @ queries[b][:, :, None])[:, 0, 0] for b in range(parts)]  # as products: counted
             attention = torch.softmax(torch.stack(scores, dim=1), dim=1)
-            mixed.append(sum(attention[:, b : b + 1] * vectors[b] for b in range(parts)))
+            mixed.append((attention[:, None] @ torch.stack(vectors, dim=1))[:, 0])
         enhanced = torch.stack([mixed[stripe_of[r]] for r in range(height)], dim=2)
         enhanced = enhanced.unsqueeze(3).expand(-1, -1, -1, width)
         both = torch.relu(torch.cat([x, enhanced], dim=1))
