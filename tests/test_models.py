@@ -47,7 +47,7 @@ def small(name: str) -> dict:
 
 
 def small_size(name: str) -> tuple[int, int]:
-    return (32, 16) if name == "vit-b16" else (64, 32)  # it has 86 M parameters at any width of ours
+    return (32, 16) if name == "vit-b16" else (64, 32)  # 86 M parameters, and no width to lower
 
 
 def settle(net: nn.Module, images: Tensor) -> None:
@@ -106,12 +106,12 @@ def test_who_stops_reading_the_stages_stops_the_computation(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradient_reaches_every_parameter(name):
     """Under all three losses. Batch norms are settled, since one that norms the batch itself takes the gradient from the
-    biases (and from some scales) before it; in float64, where such a zero is below 1e-12 and any true gradient above 1e-7.
+    biases (and from some scales) before it; in float64, where such a zero is below 1e-11 and any true gradient above 1e-6.
     """
     # a stripe's layer is only in use on a map with a row or a column for each stripe
     size = small_size(name) if name in BACKBONES else (128, 128)
     net = find_model(name, small(name)).build().double()
-    if name == "osnet-x0.25":  # the single hidden unit of a gate may begin dead; from positive weights it does not
+    if name.startswith("osnet"):  # all hidden units of a narrow gate may begin dead; from positive weights none does
         for gate in (module.gate for module in net.modules() if hasattr(module, "gate")):
             gate[1].weight.data.abs_()
     criterion = Criterion(net.branch_dims, 2, replace(RECIPES["drawn"], center_weight=5e-4)).double()
