@@ -25,7 +25,7 @@ from autoreid.loading import IMAGENET_MEAN, IMAGENET_STD, Augment, PKSampler, Tr
 from autoreid.losses import LOSSES, CenterLoss, smoothed_cross_entropy
 from autoreid.network import ModelSpec, save_weights
 from autoreid.options import read_json, require
-from autoreid.pretrained import load_imagenet
+from autoreid.pretrained import load_imagenet, start_of, weights_file
 from autoreid.recipe import Recipe, require_views
 from autoreid.runs import (
     Run,
@@ -225,6 +225,7 @@ def retrain(
     folder = Path(out) / dataset
     target = folder / f"{name}-s{seed}.json"
     require(bool(re.fullmatch(r"[\w.-]+", name)), "name", name, "letters, digits, '.', '_' and '-'")
+    start = check_start(spec, recipe, init)
     splits = data.load(dataset, root)  # names only: a missing query folder is better found before the training
     samples = splits.train
     genotype = spec.genotype.key() if spec.genotype else None  # where it came from is not the question
@@ -232,7 +233,7 @@ def retrain(
     require_views(views)  # now, not after the training
     config = {
         "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
-        "init": init, "views": views, "device": device, "train_images": len(samples),
+        **start, "views": views, "device": device, "train_images": len(samples),
     }
     results = (target, target.with_suffix(".safetensors"))
     run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite, results=results)
@@ -247,16 +248,27 @@ def retrain(
     net.eval()
     save_weights(
         results[1], net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=init,
+        resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=start["init"],
     )
     result = measure(net, spec, name, splits, recipe.input, device=device, views=views)
     result.update({
-        "recipe": recipe.key(), "seed": seed, "init": init, "train": asdict(training),
+        "recipe": recipe.key(), "seed": seed, **start, "train": asdict(training),
         "environment": environment(),
     })
     write_json(target, result)
     write_json(run.summary, {"result": target.name, "mAP": result["mAP"]})
     return target, result
+
+
+def check_start(spec: ModelSpec, recipe: Recipe, init: str) -> dict[str, str]:
+    """Find a picture size or weights that the network cannot take before anything is written. Returns what the result
+    says of the start: ``init`` "scratch", or of a file its name and SHA-256 too."""
+    cost.measure(spec.build, recipe.input)  # on the meta device
+    if init == "scratch":
+        return {"init": "scratch"}
+    with torch.device("meta"):
+        backbone = spec.build().backbone
+    return start_of(weights_file(backbone, spec.name, None if init == "imagenet" else init), spec.name)
 
 
 def measure(
@@ -272,6 +284,7 @@ def measure(
 ) -> dict[str, Any]:
     """A result's figures: cost and latency of the net, and its retrieval metrics on the dataset's query and gallery."""
     protocol = protocol or splits.protocol
+    say(f"evaluating {len(splits.query)} queries against {len(splits.gallery)} gallery images, {views} view(s) each")
     metrics = evaluate(net, splits.query, splits.gallery, size, protocol, device=device, views=views)
     counted = cost.measure(spec.build, size)
     return {

@@ -225,7 +225,8 @@ def test_twenty_steps_of_training_lower_the_loss(name, samples):
 @pytest.mark.parametrize(("name", "options"), [
     *((name, {}) for name in NETWORKS),
     ("resnet18", {"head": "exits", "hidden": "8", "embedding_dim": "6", "pooling": "gem", "neck": "batch"}),
-    ("ha-cnn", {"head": "pooled", "channels": "8,12,16", "stem": "4", "embedding_dim": "none"}),
+    ("ha-cnn", {"channels": "8,12,16", "stem": "4", "embedding_dim": "6", "pooling": "max"}),
+    ("densenet201", {"head": "exits", "hidden": "8"}),
     ("robust-reid-1x", {"channels": "8,12", "repeats": "1,0", "shared_local": "false", "neck": "none"}),
     ("darts-v2", {"layers": "1,1", "stem": "half"}),
 ])

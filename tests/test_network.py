@@ -125,6 +125,8 @@ def test_matching_width_is_the_nearest(tmp_path):
      "embedding_dim, fc, head, last_stride, neck, pooling, stem, width"),
     ("resnet18", {"head": "exits", "fc": "linear"}, "unknown option of resnet18 'fc'; known: dropout, embedding_dim, "
      "head, hidden, last_stride, neck, pooling, stem, width"),
+    ("ha-cnn", {"head": "exits"}, "head=exits: ha-cnn has the head streams alone; its image regions would be built for "
+     "nothing"),
     ("resnet18", {"head": "exit"}, "unknown head 'exit'; did you mean 'exits'? known: exits, pooled, streams"),
     ("resnet18", {"width": "big"}, "width=big: width must be a whole number (default 64)"),
     ("darts-v2", {"layers": "2,a"}, "layers=2,a: layers must be whole numbers as in 2,2,2,2 (default (2, 2, 2, 2))"),
