@@ -221,10 +221,11 @@ def build_parser() -> Parser:
     p = command("cost", "parameters, MACs, activation memory and latency of models",
                 "autoreid cost darts-v2 resnet50 --input 384x128", cost)
     p.add_argument("models", nargs="*", metavar="MODEL|GENOTYPE.json", help="default: every named model, but for the "
-                   "papers' ablations (safr-fig5-*, robust-reid-a to -h and -full)")
+                   "papers' ablations (safr-fig5-*, robust-reid-a to -h and -full) and random genotypes")
     p.add_argument("--input", type=size, default="256x128", metavar="HxW", help="picture size")
     p.add_argument("--match", metavar="GENOTYPE.json", help="build the models in the size of this searched one")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="a model's option")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
+                   help="an option that every named model has")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--no-latency", action="store_true", help="count only: nothing is run")
     p.add_argument("--picture", metavar="FILE.png", help="also draw parameters against MACs")
@@ -365,7 +366,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.ranked:
         _draw_ranked(args, net, splits, size, device)
     _figures(args, result, _metrics_line(result))
-    _next(f"autoreid cost {spec.name} --input {metadata['input'][0]}x{metadata['input'][1]}")
+    _next(f"autoreid density {args.weights} --dataset {args.dataset}{_root(args)}")
 
 
 def score(args: argparse.Namespace) -> None:
@@ -389,14 +390,15 @@ def cost(args: argparse.Namespace) -> None:
     device, rows = _device(args.device), []
     if args.picture and not args.picture.endswith(".png"):
         raise UserError(f"--picture {args.picture}: give the name of a .png file")
-    for name in args.models or [name for name in known_models() if name not in ABLATIONS]:
+    left_out = []
+    for name in args.models or [n for n in known_models() if n not in ABLATIONS and not n.startswith("random-")]:
         try:
             spec = find_model(name, split_pairs(args.changes), args.match)
             counted = costs.measure(spec.build, args.input)
         except UserError as fault:
             if args.models:
                 raise
-            say(f"{name}: left out: {fault}")
+            left_out.append(f"{name}: left out: {fault}")
             continue
         latency = None if args.no_latency else costs.latency(spec.build(), args.input, device, at_most_s=3)["median"]
         rows.append({
@@ -405,7 +407,9 @@ def cost(args: argparse.Namespace) -> None:
             "latency_ms": latency,
         })
     if not rows:
-        raise UserError("no model fits these options: name the models, as in autoreid cost resnet50")
+        raise UserError(f"no model fits these options: name the models, as in autoreid cost resnet50 ({left_out[0]})")
+    for line in left_out:
+        say(line)
     lines = [f"{'model':26} {'params':>12} {'MACs':>15} {'FLOPs':>15} {'MACs, all':>15} {'activations':>12}"
              f" {'latency':>10}"]
     lines += [
@@ -459,7 +463,8 @@ def density(args: argparse.Namespace) -> None:
     if args.picture:
         draw_density(measured, args.picture)
         say(f"picture: {args.picture}")
-    lines.append(f"share of activations that are not zero, over {len(samples)} training images")
+    lines.append(f"share of activations that are not zero, over {len(samples)} training images; 100 % where no ReLU ends a "
+                 "group: hard-swish, GELU and batch norm make no zeros")
     _figures(args, measured, "\n".join(lines))
     _next("autoreid density WEIGHTS.safetensors --dataset NAME --picture density.png")
 
@@ -641,6 +646,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         say(f"autoreid: {fault}" if not str(fault).startswith("autoreid") else str(fault))
+        return 2
+    except (MemoryError, RuntimeError) as fault:
+        if isinstance(fault, RuntimeError) and "allocate" not in str(fault) and "out of memory" not in str(fault):
+            raise
+        if debug:
+            traceback.print_exc()
+        say("autoreid: out of memory; take a smaller network, picture or batch (--input, --set identities=...), or free "
+            "some memory; nothing already written is lost")
         return 2
     except BrokenPipeError:  # the reader of our figures went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -167,10 +167,14 @@ def find_model(
     kind = options.get("head", own_head.get("head", "pooled"))
     if kind not in HEADS:
         raise unknown("head", kind, HEADS)
+    if own_head.get("head") == "streams" and kind != "streams":
+        raise UserError(f"head={kind}: {name} has the head streams alone; its image regions would be built for nothing")
     head: dict[str, Any] = dict(own_head) if kind == own_head.get("head", "pooled") else {"head": kind}
     head_names = {"head": "", **model_options(HEADS[kind])}
     other = Genotype.load(match) if match else None
     backbone = recorded_size(other or genotype) if genotype else {}
+    if "taps" in backbone_names:  # norms that only exits read
+        backbone["taps"] = kind == "exits"
     for key, value in options.items():
         if key in backbone_names:
             backbone[key] = parse(key, value, backbone_names[key])

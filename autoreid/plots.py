@@ -100,7 +100,7 @@ def pareto_all(
 
 def costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Parameters against MACs of the rows of ``autoreid cost``, both axes logarithmic, every model named."""
-    figure = _figure(11, 7.5, layout="constrained")
+    figure = _figure(14, 9.5, layout="constrained")
     axes = figure.add_subplot()
     sizes = {"x".join(map(str, row["input"])) for row in rows}
     axes.set_title("What the models cost", loc="left", fontsize=12)

@@ -7,6 +7,7 @@ has parts that torchvision's network lacks, ``not_pretrained``, the prefixes of 
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
@@ -27,23 +28,38 @@ def load_imagenet(backbone: nn.Module, name: str, file: str | Path | None = None
     under torchvision's names, as a state dict (.pth) or .safetensors. Nothing is skipped in silence: every tensor must
     find its place and every place its tensor, in its very shape; only ``backbone.not_pretrained`` stays as it is.
     """
-    rename = getattr(backbone, "from_torchvision", None)
-    if rename is None:
-        raise UserError(
-            f"{name} has no way to start from ImageNet weights; models that have: {', '.join(_models())}; give one of "
-            "these or leave out --init"
-        )
-    if file is None:
-        path, remedy = _fetched(name), "delete it to have it downloaded again"
-    else:
-        path, remedy = Path(file).expanduser(), "give the state dict alone, as a .pth or .safetensors file"
-    state = rename(_read(path, remedy))
+    path = weights_file(backbone, name, file)
+    remedy = "delete it to have it downloaded again" if file is None else (
+        "give the state dict alone, as a .pth or .safetensors file")
+    state = backbone.from_torchvision(_read(path, remedy))  # type: ignore[operator]
     if faults := _faults(backbone, state):
         raise UserError(
             f"{name}: the weights in {path} do not fit: {'; '.join(faults)}. --init takes torchvision's weights of this "
             "very model in its published size: leave out options that change it (as width or stem), or --init"
         )
     backbone.load_state_dict(state, strict=False)
+
+
+def weights_file(backbone: nn.Module, name: str, file: str | Path | None = None) -> Path:
+    """The file that :func:`load_imagenet` would read, downloaded if need be; ``backbone`` may lie on the meta device."""
+    path = Path(file).expanduser() if file is not None else None
+    if path is not None and not path.is_file():
+        raise UserError(f"--init {path}: no such file; give scratch, imagenet, or a .pth or .safetensors file")
+    if not hasattr(backbone, "from_torchvision"):
+        raise UserError(
+            f"{name} has no way to start from ImageNet weights; models that have: {', '.join(_models())}; give one of "
+            "these or leave out --init"
+        )
+    return _fetched(name) if path is None else path
+
+
+def start_of(path: Path, name: str) -> dict[str, str]:
+    """What a result says of the weights it began with: ``init`` "imagenet" where the file is torchvision's own (its name
+    there holds the first digits of its SHA-256), else "file"; the file's name and SHA-256."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    weights = imagenet_weights(name)
+    own = Path(torchvision.models.get_weight(weights).url).stem.rsplit("-", 1)[-1] if weights else "none"
+    return {"init": "imagenet" if digest.startswith(own) else "file", "init_file": path.name, "init_sha256": digest}
 
 
 def imagenet_weights(name: str) -> str | None:
@@ -83,8 +99,6 @@ def _fetched(name: str) -> Path:
 
 
 def _read(path: Path, remedy: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"--init {path}: no such file; give a .pth or .safetensors file, or 'imagenet'")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

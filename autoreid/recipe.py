@@ -153,7 +153,7 @@ _ROBUST = Recipe(
 )
 _SAFR = Recipe(
     input=(350, 350), optimizer="adamw", lr=1e-4, weight_decay=5e-4, epochs=36, warmup_epochs=10, schedule="step",
-    milestones=(10, 20, 30), gamma=0.6, identities=18, center_weight=5e-4, pad=0,
+    milestones=(20, 30), gamma=0.6, identities=18, center_weight=5e-4, pad=0,
 )
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
@@ -169,7 +169,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     # SAFR (Suprem et al. 2020), sections 4.2 and 5.1: batch 18 x 4, 350 x 350 (--input 224x224 for safr-micro), warm-up
     # over 10 epochs, center loss x 0.0005. Optimiser, rate, decay, epochs and margin are not in the paper: those of the
-    # authors' predecessor (AdamW, 1e-4, x 0.6 every 10 epochs). The baseline has no center loss.
+    # authors' predecessor (AdamW, 1e-4, x 0.6 every 10 epochs, here from epoch 20 on: the warm-up must reach the rate).
+    # The paper's smoothing is 1/N in a formula that is no distribution (safr-literal); by the standard one 1/N would be
+    # next to none, so 0.1, the predecessor's. The baseline has no center loss; its "softmax" is smoothed alike.
     "safr": _SAFR,
     "safr-baseline": replace(_SAFR, center_weight=0.0),
     "safr-literal": replace(_SAFR, literal_smoothing=True),
@@ -209,4 +211,7 @@ def find_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
         recipe = RECIPES[name]
     else:
         raise unknown("recipe", name, [*RECIPES, "PATH/recipe.json"])
-    return changed(recipe, changes or {}, "recipe", ("warmup_epochs", "milestones"))
+    shorter = changed(recipe, changes or {}, "recipe", ("warmup_epochs", "milestones"))
+    if recipe.swag_cycles and "swag_epochs" not in (changes or {}):  # SWAG's cycles keep their share of the epochs too
+        return replace(shorter, swag_epochs=max(1, recipe.swag_epochs * shorter.epochs // recipe.epochs))
+    return shorter

@@ -34,7 +34,7 @@ from autoreid.loading import (
 from autoreid.losses import LOSSES, CenterLoss, smoothed_cross_entropy
 from autoreid.network import ModelSpec, save_weights
 from autoreid.options import read_json, require
-from autoreid.pretrained import load_imagenet
+from autoreid.pretrained import load_imagenet, start_of, weights_file
 from autoreid.recipe import Recipe
 from autoreid.runs import (
     Run,
@@ -252,6 +252,7 @@ def retrain(
     folder = Path(out) / folder_name(test or dataset)
     target = folder / f"{name}-s{seed}.json"
     require(bool(re.fullmatch(r"[\w.-]+", name)), "name", name, "letters, digits, '.', '_' and '-'")
+    start = check_start(spec, recipe, init)
     # Names only: a missing query folder is better found before the training.
     splits = data.load(dataset, root, parts=("train",) if test else data.PARTS)
     tested = data.load(test, root, parts=("query", "gallery")) if test else splits
@@ -263,7 +264,7 @@ def retrain(
     how.check(tested.protocol)  # now, not after the training
     config = {
         "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
-        "init": init, "test": test, "evaluation": how.to_dict(), "device": device, "train_images": len(samples),
+        **start, "test": test, "evaluation": how.to_dict(), "device": device, "train_images": len(samples),
     }
     results = (target, target.with_suffix(".safetensors"))
     run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite, results=results)
@@ -278,18 +279,29 @@ def retrain(
     net.eval()
     save_weights(
         results[1], net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=init,
+        resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=start["init"],
     )
     result = measure(net, spec, name, tested, recipe.input, device=device, how=how)
     result.update({
         "trained_on": splits.name, "train_part": splits.train_part, "train_unreadable": len(unreadable),
         "split": f"{len(splits.train)} train, {len(tested.query)} query, {len(tested.gallery)} gallery images",
-        "recipe": recipe.key(), "seed": seed, "init": init, "train": asdict(training),
+        "recipe": recipe.key(), "seed": seed, **start, "train": asdict(training),
         "environment": environment(),
     })
     write_json(target, result)
     write_json(run.summary, {"result": target.name, "mAP": result["mAP"]})
     return target, result
+
+
+def check_start(spec: ModelSpec, recipe: Recipe, init: str) -> dict[str, str]:
+    """Find a picture size or weights that the network cannot take before anything is written. Returns what the result
+    says of the start: ``init`` "scratch", or of a file its name and SHA-256 too."""
+    cost.measure(spec.build, recipe.input)  # on the meta device
+    if init == "scratch":
+        return {"init": "scratch"}
+    with torch.device("meta"):
+        backbone = spec.build().backbone
+    return start_of(weights_file(backbone, spec.name, None if init == "imagenet" else init), spec.name)
 
 
 def measure(
@@ -305,6 +317,7 @@ def measure(
 ) -> dict[str, Any]:
     """A result's figures: cost and latency of the net, and its retrieval metrics on the dataset's query and gallery."""
     protocol = protocol or splits.protocol
+    say(f"evaluating {len(splits.query)} queries against {len(splits.gallery)} gallery images, {how.views} view(s) each")
     metrics = evaluate(net, splits.query, splits.gallery, size, protocol, device=device, how=how)
     counted = cost.measure(spec.build, size)
     return {

@@ -90,54 +90,6 @@ def cyclic_rates(epochs, peak, cycle_epochs, decay, floor):
     return rates
 
 
-def ranked_matches(distances, query_ids, query_cams, gallery_ids, gallery_cams, drop=(-1,), same_camera_is_junk=True):
-    """Per query the list of True (a match) and False down its ranking, junk left out; ties by gallery order."""
-    rankings = []
-    for q, row in enumerate(distances):
-        ranking = []
-        for g in sorted(range(len(row)), key=lambda g: (row[g], g)):
-            if gallery_ids[g] in drop:
-                continue
-            if same_camera_is_junk and gallery_ids[g] == query_ids[q] and gallery_cams[g] == query_cams[q]:
-                continue
-            ranking.append(gallery_ids[g] == query_ids[q] and query_ids[q] not in drop)
-        rankings.append(ranking)
-    return rankings
-
-
-def retrieval_metrics(rankings, cmc_ranks=(1, 5, 10)):
-    """mAP, mAP_trapezoid, mINP, cmc, total and scored from the rankings; None where no query has a match."""
-    step, trapezoid, inp, cmc = [], [], [], {k: [] for k in cmc_ranks}
-    for ranking in rankings:
-        matches = sum(ranking)
-        if matches == 0:
-            continue
-        hits, ap, area, old_recall, old_precision, last = 0, 0.0, 0.0, 0.0, 1.0, 0
-        for place, match in enumerate(ranking, start=1):
-            if match:
-                hits, last = hits + 1, place
-                ap += hits / place / matches
-            # The official compute_AP.m, which walks down every place and adds a trapezoid.
-            recall, precision = hits / matches, hits / place
-            area += (recall - old_recall) * (old_precision + precision) / 2
-            old_recall, old_precision = recall, precision
-        step.append(ap)
-        trapezoid.append(area)
-        inp.append(matches / last)
-        for k in cmc_ranks:
-            cmc[k].append(any(ranking[:k]))
-    if not step:
-        return None
-    return {
-        "mAP": sum(step) / len(step),
-        "mAP_trapezoid": sum(trapezoid) / len(step),
-        "mINP": sum(inp) / len(step),
-        "cmc": {str(k): sum(found) / len(step) for k, found in cmc.items()},
-        "total": len(rankings),
-        "scored": len(step),
-    }
-
-
 def pk_faults(batches, labels, p, k):
     """Everything about these batches that a P x K sampler must not do."""
     faults = []
@@ -180,10 +132,11 @@ class LiteralPartAware(nn.Module):
             mean = x[:, :, rows].mean(dim=(2, 3))
             vectors.append(m.body_norm[i](m.body[i](torch.relu(mean))))
         mixed = []
+        keys, queries = [m.key(v) for v in vectors], [m.query(v) for v in vectors]
         for a in range(parts):
-            scores = [(m.key(vectors[a]) * m.query(vectors[b])).sum(dim=1) for b in range(parts)]
+            scores = [(keys[a][:, None] @ queries[b][:, :, None])[:, 0, 0] for b in range(parts)]  # as products: counted
             attention = torch.softmax(torch.stack(scores, dim=1), dim=1)
-            mixed.append(sum(attention[:, b : b + 1] * vectors[b] for b in range(parts)))
+            mixed.append((attention[:, None] @ torch.stack(vectors, dim=1))[:, 0])
         enhanced = torch.stack([mixed[stripe_of[r]] for r in range(height)], dim=2)
         enhanced = enhanced.unsqueeze(3).expand(-1, -1, -1, width)
         both = torch.relu(torch.cat([x, enhanced], dim=1))

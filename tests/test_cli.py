@@ -1,5 +1,6 @@
 """The command line as users meet it: help, the exact words of mistakes, interruption and resuming, the next step."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -507,12 +508,16 @@ def test_retrain_from_imagenet_weights_in_a_file(market, capsys, tmp_path, monke
     retrain = ["retrain", "resnet18", "--dataset", "market", "--root", str(market), *RECIPE, "--epochs", "1", "--json"]
     assert main([*retrain, "--init", "r18.pth", "--views", "10"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["init"], result["views"], result["flip"]) == ("r18.pth", 10, True)
+    assert (result["init"], result["init_file"], result["views"], result["flip"]) == ("file", "r18.pth", 10, True)
+    assert result["init_sha256"] == hashlib.sha256((tmp_path / "r18.pth").read_bytes()).hexdigest()
     assert words(capsys, *retrain, "--init", "gone.pth", "--overwrite").startswith(
         "autoreid: --init gone.pth: no such file;")
     assert words(capsys, *retrain, "--views", "3", "--overwrite") == (
         "autoreid: views=3: allowed is 1 (the picture), 2 (its mirror image too) or 10 (five crops, mirrored)")
     assert json.loads((tmp_path / "results/market/resnet18-s0.json").read_text()) == result  # neither mistake touched it
+    size = ["retrain", "vit-b16", "--dataset", "market", "--root", str(market), *RECIPE, "--input", "60x32"]
+    assert words(capsys, *size).startswith("autoreid: vit: the picture is 60 x 32")
+    assert not (tmp_path / "results/market/vit-b16-s0").exists()  # a size that does not fit leaves no run behind
 
 
 def test_score_of_features_made_by_anything(tmp_path, capsys):

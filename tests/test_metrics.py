@@ -207,6 +207,21 @@ def ranks(q, g, tags, metric="euclidean", memory=1 << 28):
     return [rank.tolist() for rank in found]
 
 
+@pytest.mark.parametrize("count", [9, 2000])
+def test_vectors_of_one_direction_tie_under_the_cosine(count):
+    """Whatever their lengths. A vector of zeros has no direction: |q|^2 from everything, farther than these."""
+    rng = np.random.default_rng(count)
+    direction = rng.standard_normal(24)
+    g = direction * rng.integers(1, 1000, (count, 1))
+    g[0] = 0
+    matches = np.flatnonzero(rng.random(count) < 0.3)
+    ids = np.where(np.isin(np.arange(count), matches), 1, 2)
+    q = rng.standard_normal((1, 24))
+    q *= np.sign(q @ direction)[:, None]  # nearer to the direction than to nothing
+    place = [(count if m == 0 else int(m)) for m in matches]  # gallery order, the zeros last
+    assert ranks(q, g, ([1], [1], ids, [2] * count), "cosine") == [sorted(place)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_larger_gallery_takes_the_ways_of_the_large_ones(kind, monkeypatch):
     """Bins instead of a sort, crowds settled by themselves, whole rows in double precision; in blocks, by two threads."""

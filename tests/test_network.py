@@ -20,8 +20,8 @@ from autoreid.space import SearchSpace
 PUBLISHED = {
     #                          parameters   MACs           MACs, literal
     "autoreid-baseline":       (11_841_199, 2_029_328_384, 2_029_328_384),
-    "autoreid-baseline-reid":  (10_972_847, 1_679_630_928, 1_705_486_400),
-    "autoreid-retrieval-reid": (11_409_519, 1_828_097_320, 1_841_025_056),
+    "autoreid-baseline-reid":  (10_972_847, 1_679_630_928, 1_703_686_736),
+    "autoreid-retrieval-reid": (11_409_519, 1_828_097_320, 1_840_125_224),
     "darts-v2":                (9_016_367, 1_689_344_000, 1_689_344_000),
     "gdas-v1":                 (13_457_839, 2_141_247_488, 2_141_247_488),
 }  # fmt: skip
@@ -125,6 +125,8 @@ def test_matching_width_is_the_nearest(tmp_path):
      "embedding_dim, fc, head, last_stride, neck, pooling, stem, width"),
     ("resnet18", {"head": "exits", "fc": "linear"}, "unknown option of resnet18 'fc'; known: dropout, embedding_dim, "
      "head, hidden, last_stride, neck, pooling, stem, width"),
+    ("ha-cnn", {"head": "exits"}, "head=exits: ha-cnn has the head streams alone; its image regions would be built for "
+     "nothing"),
     ("resnet18", {"head": "exit"}, "unknown head 'exit'; did you mean 'exits'? known: exits, pooled, streams"),
     ("resnet18", {"width": "big"}, "width=big: width must be a whole number (default 64)"),
     ("darts-v2", {"layers": "2,a"}, "layers=2,a: layers must be whole numbers as in 2,2,2,2 (default (2, 2, 2, 2))"),

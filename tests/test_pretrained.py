@@ -267,7 +267,7 @@ REMEDY = "give the state dict alone, as a .pth or .safetensors file"
 
 def test_no_file(tmp_path):
     assert fault_of(small_resnet(), "resnet18", tmp_path / "no.pth") == (
-        f"--init {tmp_path / 'no.pth'}: no such file; give a .pth or .safetensors file, or 'imagenet'")
+        f"--init {tmp_path / 'no.pth'}: no such file; give scratch, imagenet, or a .pth or .safetensors file")
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])

@@ -86,4 +86,4 @@ def test_any_size_and_every_parameter_learns(options, size, shape):
 def test_mistakes_are_named(options, given):
     with pytest.raises(UserError) as fault:
         resnet.resnet50(**options)
-    assert str(fault.value) == f"resnet: {given}; allowed: width from 1, last_stride 1 or 2, stem 3 or 7"
+    assert str(fault.value) == f"resnet: {given}; allowed: width 1 to 4096, last_stride 1 or 2, stem 3 or 7"

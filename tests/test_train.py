@@ -67,9 +67,11 @@ def test_the_papers_recipes_in_their_own_figures():
     assert swag.all_epochs - swag.epochs == 525
     peaks = [swag.learning_rate(350 + 35 * cycle) for cycle in range(15)]
     assert peaks == pytest.approx([3e-2 * 0.7**cycle for cycle in range(15)])
+    assert find_recipe("robust-reid-swag", {"epochs": "10"}).all_epochs == 10 + 15
     safr = find_recipe("safr")
     assert safr.identities * safr.images == 72 and safr.learning_rate(0) == pytest.approx(0.1 * safr.lr)
-    assert safr.learning_rate(9) < safr.lr and safr.center_weight == 0.0005
+    rates = [safr.learning_rate(e) / safr.lr for e in (9, 10, 19, 20, 30)]
+    assert rates == pytest.approx([0.91, 1, 1, 0.6, 0.36]) and safr.center_weight == 0.0005
     dare = find_recipe("dare")
     batches = -(-12936 // 72)  # Market-1501
     assert dare.epochs * batches == pytest.approx(60_000, rel=0.01)

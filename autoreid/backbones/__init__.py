@@ -8,7 +8,6 @@ line below; a line in ``OWN_HEADS`` where its paper's head is not ``heads.Pooled
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,7 +28,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet.resnet18,
     "resnet34": resnet.resnet34,
     "resnet50": resnet.resnet50,
-    "densenet201": partial(densenet.densenet201, taps=False),
+    "densenet201": densenet.densenet201,
     "shufflenet-v2-x0.5": shufflenet_v2.shufflenet_v2_x0_5,
     "shufflenet-v2-x1.0": shufflenet_v2.shufflenet_v2_x1_0,
     "shufflenet-v2-x1.5": shufflenet_v2.shufflenet_v2_x1_5,

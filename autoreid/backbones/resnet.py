@@ -36,9 +36,9 @@ class ResNet(nn.Module):
         stem: int,
     ) -> None:
         super().__init__()
-        if width < 1 or last_stride not in (1, 2) or stem not in (3, 7):
+        if not 1 <= width <= 4096 or last_stride not in (1, 2) or stem not in (3, 7):
             raise UserError(
-                f"resnet: width={width}, last_stride={last_stride}, stem={stem}; allowed: width from 1, "
+                f"resnet: width={width}, last_stride={last_stride}, stem={stem}; allowed: width 1 to 4096, "
                 "last_stride 1 or 2, stem 3 or 7"
             )
         first = [nn.Conv2d(3, width, stem, 2, stem // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
