@@ -43,6 +43,9 @@ SETTINGS = {
     "init": RETRAIN,
     "flip": EVALUATE,
     "views": EVALUATE,
+    "frames": EVALUATE,
+    "expand": EVALUATE,
+    "denominator": EVALUATE,
     "rerank": EVALUATE,
     "trained on": "compare models trained on one dataset",
     "split": "check that both saw the same copy of the dataset and retrain one of them",
@@ -141,6 +144,9 @@ def _settings(result: Result) -> dict[str, Any]:
     values = {
         **{name: result[name] for name in ("dataset", "protocol", "recipe", "init", "flip", "rerank")},
         "views": result.get("views") or 1 + bool(result["flip"]),  # older results only know the mirror image
+        "frames": result.get("frames", "mean"),
+        "expand": result.get("expand"),
+        "denominator": result.get("denominator", "scored"),
         "input": "x".join(map(str, result["input"])),
         "trained on": result.get("trained_on") or result["dataset"],
         "split": result.get("split"),

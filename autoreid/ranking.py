@@ -288,6 +288,9 @@ class _Space:
         self.centre = sample.median(0).values  # D; any point would do, and an outlier does not move this one
         chunks = (self._double(self.gallery, chunk) for chunk in self._chunks(self.width))
         squares = torch.cat([(chunk - self.centre).square_().sum(1) for chunk in chunks])
+        # Without a direction, a cosine of 0: the squared distance 2 of unit vectors, of which |q| gives 1.
+        self.extra = (norms == 0).double() if self.metric == "cosine" else torch.zeros_like(norms)
+        squares += self.extra
         squares[torch.from_numpy(self.dropped).to(squares.device)] = torch.nan
         self.shift = squares.float()  # M
         self.scale = torch.where(norms > 0, 1 / norms.clamp(min=1e-30), 0).float()  # M
@@ -352,7 +355,7 @@ class _Space:
         found = []
         for chunk in self._chunks(len(columns)):
             left, right = self._double(self.query, asking[chunk]), self._double(self.gallery, columns[chunk])
-            found.append((left - right).square_().sum(1).cpu().numpy())
+            found.append(((left - right).square_().sum(1) + _take(self.extra, columns[chunk])).cpu().numpy())
         return np.concatenate(found)
 
     def double(self, asking: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -360,8 +363,9 @@ class _Space:
         left = self._double(self.query, asking) - self.centre
         out = torch.empty(len(asking), self.width, dtype=torch.float64, device=left.device)
         for start in range(0, self.width, 2048):
-            right = self._double(self.gallery, slice(start, start + 2048)) - self.centre
-            out[:, start : start + 2048] = torch.addmm(right.square().sum(1), left, right.T, alpha=-2)
+            chunk = slice(start, start + 2048)
+            right = self._double(self.gallery, chunk) - self.centre
+            out[:, chunk] = torch.addmm(right.square().sum(1) + self.extra[chunk], left, right.T, alpha=-2)
         out[:, torch.from_numpy(self.dropped).to(out.device)] = torch.nan
         return out.cpu().numpy(), left.norm(dim=1).cpu().numpy()
 

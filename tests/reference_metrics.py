@@ -13,7 +13,9 @@ def distance(a, b, metric="euclidean"):
     a, b = [float(x) for x in a], [float(x) for x in b]
     if metric == "cosine":
         length_a, length_b = math.sqrt(sum(x * x for x in a)), math.sqrt(sum(x * x for x in b))
-        a, b = [x / (length_a or 1) for x in a], [x / (length_b or 1) for x in b]
+        if not length_a or not length_b:
+            return 2.0  # no direction: a cosine of 0
+        a, b = [x / length_a for x in a], [x / length_b for x in b]
     return sum((x - y) * (x - y) for x, y in zip(a, b, strict=True))
 
 

@@ -163,6 +163,9 @@ RETRAIN, EVALUATE = "retrain one of them with the same", "evaluate one of them a
     ({"input": [256, 128]}, "input", "'128x64'", "'256x128'", f"{RETRAIN} input"),
     ({"init": "imagenet"}, "init", "'scratch'", "'imagenet'", f"{RETRAIN} init"),
     ({"flip": True}, "flip", "False", "True", f"{EVALUATE} flip"),
+    ({"flip": False, "views": 10}, "views", "1", "10", f"{EVALUATE} views"),
+    ({"frames": "max"}, "frames", "'mean'", "'max'", f"{EVALUATE} frames"),
+    ({"denominator": "all"}, "denominator", "'scored'", "'all'", f"{EVALUATE} denominator"),
     ({"rerank": True}, "rerank", "False", "True", f"{EVALUATE} rerank"),
     ({"train": {"epochs": 10}}, "train epochs", "60", "10", f"{RETRAIN} train epochs"),
 ])  # fmt: skip

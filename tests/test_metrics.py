@@ -170,12 +170,17 @@ def features_of(kind, rng, count, dims):
         x[-1] *= 1e6
     elif kind == "tiny":
         x = 1e-22 * x
+    elif kind == "some zero":
+        x[rng.random(count) < 0.2] = 0
     elif kind == "large":
         x = 1e16 * x
     return x
 
 
-KINDS = ("random", "duplicates", "collapsed", "nearly collapsed", "far from the origin", "one outlier", "tiny", "large")
+KINDS = (
+    "random", "duplicates", "collapsed", "nearly collapsed", "far from the origin", "one outlier", "tiny", "large",
+    "some zero",
+)  # fmt: skip
 
 
 @settings(deadline=None, max_examples=150)
@@ -209,7 +214,7 @@ def ranks(q, g, tags, metric="euclidean", memory=1 << 28):
 
 @pytest.mark.parametrize("count", [9, 2000])
 def test_vectors_of_one_direction_tie_under_the_cosine(count):
-    """Whatever their lengths. A vector of zeros has no direction: |q|^2 from everything, farther than these."""
+    """Whatever their lengths. A vector of zeros has none: a cosine of 0, and a query of zeros ranks by gallery order."""
     rng = np.random.default_rng(count)
     direction = rng.standard_normal(24)
     g = direction * rng.integers(1, 1000, (count, 1))
@@ -217,9 +222,10 @@ def test_vectors_of_one_direction_tie_under_the_cosine(count):
     matches = np.flatnonzero(rng.random(count) < 0.3)
     ids = np.where(np.isin(np.arange(count), matches), 1, 2)
     q = rng.standard_normal((1, 24))
-    q *= np.sign(q @ direction)[:, None]  # nearer to the direction than to nothing
-    place = [(count if m == 0 else int(m)) for m in matches]  # gallery order, the zeros last
-    assert ranks(q, g, ([1], [1], ids, [2] * count), "cosine") == [sorted(place)]
+    q *= np.sign(q @ direction)[:, None]
+    tags = [1], [1], ids, [2] * count
+    assert ranks(q, g, tags, "cosine") == [sorted(count if m == 0 else int(m) for m in matches)]
+    assert ranks(-q, g, tags, "cosine") == ranks(0 * q, g, tags, "cosine") == [(matches + 1).tolist()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
