@@ -4,15 +4,17 @@ P identities x K images: Hermans, Beyer, Leibe, "In Defense of the Triplet Loss"
 Auto-ReID's (Quan et al., ICCV 2019, sec. 4.2); by identities it is the one that resembles the test, where nobody was
 seen in training. Pictures come from ``autoreid.pictures``, what happens to them is ``autoreid.augment``.
 
-Nothing here has state that matters: the order, frame, crop, flip and erasing of an image are functions of (seed, epoch,
-batch, position). So a run that is resumed at any batch sees what it would have seen, with any number of workers, and
-the global random generators are left alone.
+Nothing here has state that matters: the order, frame, crop and all that happens to an image are functions of (seed,
+epoch, batch, position). So a run that is resumed at any batch sees what it would have seen, with any number of workers;
+the processes of a data-parallel training each see their part of the batches that one process would; and the global random
+generators are left alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +29,18 @@ from autoreid.augment import (
     IMAGENET_STD,
     USUAL,
     Augment,
+    change,
     crop,
     enlarged,
     finish,
+    make_patches,
     make_plan,
     normalise,
     random_numbers,
 )
 from autoreid.data import Sample
 from autoreid.errors import UserError, unknown
+from autoreid.options import require
 from autoreid.pictures import Pictures, files_of, load_image, load_images, readable
 
 # What callers find here, wherever it is written.
@@ -159,7 +164,8 @@ class _Key(NamedTuple):
 
 
 class _Batches(Dataset):
-    """A batch from its key: pictures, augmentation. Runs in the caller or in a worker, with the same result."""
+    """This process's part of a batch from its key: pictures, augmentation. Runs in the caller or in a worker, with the
+    same result."""
 
     def __init__(
         self,
@@ -170,22 +176,32 @@ class _Batches(Dataset):
         augment: Augment,
         seed: int,
         raw: bool,
+        rank: int,
+        processes: int,
     ) -> None:
         self.pictures, self.size, self.augment, self.seed, self.raw = pictures, size, augment, seed, raw
+        self.rank, self.processes = rank, processes
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.files = np.array(files, np.int64)  # how many each sample has; the pictures are theirs in order
         self.first = np.cumsum(self.files) - self.files
 
     def __getitem__(self, key: _Key) -> tuple[Tensor, ...] | UserError:
-        numbers = random_numbers(self.seed, key.epoch, key.batch, len(key.indices))
+        augment, count = self.augment, len(key.indices)
+        part = slice(self.rank * count // self.processes, (self.rank + 1) * count // self.processes)
+        drawn = partial(random_numbers, self.seed, key.epoch, key.batch, count)
+        numbers = drawn()
         frame = (numbers[:, FRAME] * self.files[key.indices]).astype(np.int64)  # of a tracklet; else 0
+        wanted = (self.first[key.indices] + frame).tolist()  # also of the other processes: a patch may come from there
+        patches = make_patches(augment.patch, drawn("patch"), part, self.pictures.size, self.size) if augment.patch else []
         try:
-            pictures = self.pictures.read((self.first[key.indices] + frame).tolist())
+            pictures = self.pictures.read([*wanted[part], *(wanted[patch.donor] for patch in patches)])
         except UserError as error:
             return error  # raised in a worker it would come back wrapped in the worker's traceback
-        plan = make_plan(self.augment, numbers, self.pictures.size, self.size)
-        images, boxes = crop(pictures, plan, self.size), torch.from_numpy(plan.boxes)
-        labels = self.labels[key.indices]
+        mine = part.stop - part.start
+        plan = make_plan(augment, numbers[part], self.pictures.size, self.size)
+        images, boxes = crop(pictures[:mine], plan, self.size), torch.from_numpy(plan.boxes)
+        change(images, augment, lambda of: drawn(of)[part], patches, pictures[mine:])
+        labels = self.labels[key.indices[part]]
         return (images, boxes, labels) if self.raw else (finish(images, boxes), labels)
 
 
@@ -211,6 +227,9 @@ class TrainLoader:
     list[list[int]]``. Decoded and resized images are kept in a file in the folder ``cache``, or else in memory where all
     of them fit in ``cache_bytes``. ``workers`` processes prepare batches ahead; 0 prepares in place. Of a sample with
     ``frames`` each draw shows one, chosen at random.
+
+    Of ``processes`` that train together, the one of this ``rank`` gets its share of the identities of every batch, in
+    order: the ranks' batches one after another are the batch of a single process. ``sampler`` is a PKSampler then.
     """
 
     def __init__(
@@ -225,13 +244,21 @@ class TrainLoader:
         cache_bytes: int = 1 << 30,
         cache: str | Path | None = None,
         raw: bool = False,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
+        if processes > 1:
+            enough = math.ceil(sampler.p / processes) * processes
+            require(sampler.p == enough, "identities", sampler.p, f"a multiple of {processes}, the number of processes, as "
+                    f"each trains on whole identities: set identities={enough}")
         if len(samples) != len(labels):
             raise ValueError(f"one label per sample: got {len(samples)} samples and {len(labels)} labels")
         self.sampler, self.workers = sampler, workers
         files = [files_of(sample) for sample in samples]
         pictures = Pictures([f for of in files for f in of], enlarged(size, augment.enlarge), cache, cache_bytes)
-        self._dataset = _Batches(pictures, [len(of) for of in files], labels, size, augment, seed, raw)
+        self._dataset = _Batches(
+            pictures, [len(of) for of in files], labels, size, augment, seed, raw, rank, processes
+        )
         self._keys = _Keys()
         self._ahead: DataLoader | None = None
 

@@ -54,8 +54,10 @@ def _from_json(value: Any, default: Any) -> Any:
         return None
     if isinstance(default, tuple) and isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
         return tuple(value)
-    if isinstance(default, float) and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
+    if isinstance(default, float):
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        raise ValueError
     if type(value) is type(default) or (default is None and type(value) is int):
         return value
     raise ValueError
@@ -73,16 +75,23 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def changed(settings: Settings, changes: Mapping[str, Any], what: str, follow_epochs: Iterable[str] = ()) -> Settings:
-    """A copy of a dataclass with fields replaced; an unknown field is a :class:`UserError` that lists the known.
+    """A copy of a dataclass with fields replaced. One :class:`UserError` names every value of the wrong type and every
+    unknown field, with the nearest known ones.
 
     The fields in ``follow_epochs`` (a warm-up, milestones) keep their share of the epochs when only ``epochs`` is
     changed, so that a short trial of a long recipe needs one option.
     """
     defaults = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
-    for key in changes:
-        if key not in defaults:
-            raise unknown(f"{what} field", key, defaults)
-    values = {key: parse(key, value, defaults[key]) for key, value in changes.items()}
+    values, faults = {}, []
+    for key in sorted(changes, key=lambda key: key not in defaults):  # the unknown last: their error lists all fields
+        try:
+            if key not in defaults:
+                raise unknown(f"{what} field", key, defaults)
+            values[key] = parse(key, changes[key], defaults[key])
+        except UserError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise UserError("; ".join([*(fault.partition(" known: ")[0].rstrip(";") for fault in faults[:-1]), faults[-1]]))
     if "epochs" in values:
         for name in follow_epochs:
             values.setdefault(name, _share(defaults[name], values["epochs"], defaults["epochs"]))
@@ -93,14 +102,28 @@ def _share(value: Any, epochs: int, before: int) -> Any:
     return tuple(_share(v, epochs, before) for v in value) if isinstance(value, tuple) else value * epochs // before
 
 
-def require_ranges(settings: Any, **ranges: tuple[float, float, str]) -> None:
+Check = tuple[bool, str, Any, str]  # whether it fits, the name, the value, what is allowed
+
+
+def faults_of(checks: Iterable[Check]) -> list[str]:
+    """The one wording for a value out of range, of every check that does not fit."""
+    return [f"{name}={value}: allowed is {allowed}" for fits, name, value, allowed in checks if not fits]
+
+
+def range_checks(settings: Any, **ranges: tuple[float, float, str]) -> list[Check]:
     """Every named number of a dataclass within (lowest, highest, words); NaN and infinity are within no range."""
-    for name, (low, high, words) in ranges.items():
-        value = getattr(settings, name)
-        require(value is None or low <= value <= high, name, value, words)
+    values = {name: getattr(settings, name) for name in ranges}
+    return [(values[name] is None or low <= values[name] <= high, name, values[name], words)
+            for name, (low, high, words) in ranges.items()]
+
+
+def require_ranges(settings: Any, **ranges: tuple[float, float, str]) -> None:
+    """A :class:`UserError` that names every number out of its range."""
+    if faults := faults_of(range_checks(settings, **ranges)):
+        raise UserError("; ".join(faults))
 
 
 def require(fits: bool, name: str, value: Any, allowed: str) -> None:
-    """The one wording for a value out of range."""
+    """A :class:`UserError` unless the value fits."""
     if not fits:
-        raise UserError(f"{name}={value}: allowed is {allowed}")
+        raise UserError(*faults_of([(fits, name, value, allowed)]))

@@ -8,21 +8,31 @@ what was chosen. No torch is imported: a recipe is a value.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from autoreid.errors import UserError, unknown
-from autoreid.options import changed, read_json, require, require_ranges
-from autoreid.runs import key_of
+from autoreid.options import changed, faults_of, parse, range_checks, read_json, require
+from autoreid.runs import key_of, write_json
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("cosine", "step", "exponential")
+FORMAT, VERSION = "autoreid-recipe", 1
 TRIPLETS = ("batch-hard", "batch-soft")
+WORDS = {  # the words that a field takes
+    "optimizer": ("adam", "adamw", "sgd"),
+    "schedule": ("cosine", "step", "exponential", "cyclic"),
+    "triplet": TRIPLETS,
+    "auto_augment": ("none", "autoaugment", "randaugment"),
+    "amp": ("none", "bf16", "fp16"),
+}
+MOST_OPERATIONS = 8  # of RandAugment on one picture
 VIEWS = (1, 2, 10)
+VIEWS_ALLOWED = "1 (the picture), 2 (its mirror image too) or 10 (five crops, mirrored)"
 
 
 def require_views(views: int) -> None:
-    require(views in VIEWS, "views", views, "1 (the picture), 2 (its mirror image too) or 10 (five crops, mirrored)")
+    require(views in VIEWS, "views", views, VIEWS_ALLOWED)
 
 
 def _later(default: Any) -> Any:
@@ -31,22 +41,41 @@ def _later(default: Any) -> Any:
     return field(default=default, metadata={"later": True})
 
 
+def _speed(default: Any) -> Any:
+    """A field that says how fast, not how, a network is trained: it never enters the key."""
+    return field(default=default, metadata={"speed": True})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained; the defaults are the field's usual ones (Luo et al. 2019, "Bag of Tricks").
 
-    ``identities`` x ``images`` make a batch. The learning rate rises linearly from ``lr`` / 10 over
-    ``warmup_epochs``, then falls by ``schedule``: "cosine" to ``lr_min``, "step" by ``gamma`` at each milestone,
-    "exponential" from the first milestone to ``gamma`` times itself at the end (``momentum_late``, where not 0, is the
-    momentum or beta 1 from that milestone on). ``pad`` (pixels), ``enlarge`` (a factor) and ``flip``, ``erase``
-    (probabilities) are the augmentation; ``clip`` 0 means no clipping.
+    ``identities`` x ``images`` make a batch, and the gradients of ``accumulate`` batches a step. The learning rate rises
+    linearly from ``lr`` / 10 over ``warmup_epochs``, then goes by ``schedule``: "cosine" to ``lr_min``, "step" by
+    ``gamma`` at each milestone, "exponential" from the first milestone to ``gamma`` times itself at the end
+    (``momentum_late``, where not 0, is the momentum or beta 1 from that milestone on), "cyclic" up and down between
+    ``lr_min`` and ``lr`` with the period ``cycle_epochs`` (Smith 2017, "triangular"), from ``lr`` on where a warm-up
+    has led there, else from ``lr_min`` on. ``clip`` 0 means no clipping.
+
+    The augmentation is ``autoreid.augment``'s: ``pad`` (pixels), ``enlarge`` (a factor), ``flip``, ``erase`` and ``patch``
+    (probabilities), ``jitter`` (a strength), ``auto_augment`` by AutoAugment's ImageNet policy or by RandAugment with
+    ``rand_n`` operations of magnitude ``rand_m``. ``drop_path`` leaves out paths of the network, ``classifier_dropout``
+    features that the classifier reads; a head's own option ``dropout`` is part of the model.
 
     ``triplet`` "batch-hard" or "batch-soft" with the hinge at ``margin``, or with ``soft_margin`` the softplus.
     ``literal_smoothing`` takes SAFR's printed formula with 1 / identities for label_smoothing. The center loss has its
     own SGD at ``center_lr``. Every branch of a network has all these losses, added up (deep supervision).
 
     After ``epochs``, SWAG: ``swag_cycles`` cosine cycles of ``swag_epochs``, each cycle's peak ``swag_decay`` times
-    the one before, weights averaged at the cycles' ends. ``views`` is the evaluation's: see ``evaluate.extract``.
+    the one before, weights averaged at the cycles' ends. Or SWA: the weights of the last ``swa_epochs`` of ``epochs`` are
+    averaged, at the constant rate ``swa_lr`` (0: the schedule's own). Or an average with the decay ``ema``.
+
+    With several processes the losses are those of the whole batch (``gather``), or each process's own images'; batch norms
+    are synchronised with ``sync_bn``. ``amp`` is the type of mixed precision. The share ``held_out`` of the identities
+    does not train but is evaluated, every ``eval_every`` epochs (0: at the end only). ``views`` is the evaluation's: see
+    ``evaluate.extract``.
+
+    ``channels_last`` (the order of pictures in memory) and ``compile`` (``torch.compile``) are for speed alone.
     """
 
     input: tuple[int, int] = (256, 128)
@@ -82,41 +111,80 @@ class Recipe:
     swag_epochs: int = _later(35)
     swag_decay: float = _later(0.7)
     views: int = _later(1)
+    cycle_epochs: int = _later(10)
+    classifier_dropout: float = _later(0.0)
+    jitter: float = _later(0.0)
+    auto_augment: str = _later("none")
+    rand_n: int = _later(2)
+    rand_m: int = _later(9)
+    patch: float = _later(0.0)
+    ema: float = _later(0.0)
+    swa_epochs: int = _later(0)
+    swa_lr: float = _later(0.0)
+    amp: str = _later("none")
+    accumulate: int = _later(1)
+    sync_bn: bool = _later(False)
+    gather: bool = _later(True)
+    held_out: float = _later(0.0)
+    eval_every: int = _later(0)
+    channels_last: bool = _speed(False)
+    compile: bool = _speed(False)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("triplet", TRIPLETS)):
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
-        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        require(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"0 to {self.epochs}")
-        require(len(self.input) == 2 and min(self.input) >= 16, "input", "x".join(map(str, self.input)),
-                "HxW with both sides at least 16, as in 128x64")
-        require(self.identities >= 2 and self.images >= 2, "identities, images", (self.identities, self.images),
-                "2 or more each: a triplet needs a positive and a negative")
-        require_ranges(
-            self, lr=(1e-12, 1e40, "above 0"), lr_min=(0, self.lr, "from 0 to lr"), gamma=(0, 1, "from 0 to 1"),
-            momentum=(0, 0.9999, "from 0 to below 1"), weight_decay=(0, 1e6, "0 or more"),
-            ce_weight=(0, 1e6, "0 or more"), triplet_weight=(0, 1e6, "0 or more"), margin=(0, 1e6, "0 or more"),
-            label_smoothing=(0, 0.9999, "from 0 to below 1"), drop_path=(0, 0.9999, "from 0 to below 1"),
-            flip=(0, 1, "from 0 to 1"), erase=(0, 1, "from 0 to 1"), pad=(0, 4096, "0 or more pixels"),
-            clip=(0, 1e12, "0 (no clipping) or more"), center_weight=(0, 1e6, "0 or more"),
-            center_lr=(1e-12, 1e6, "above 0"), momentum_late=(0, 0.9999, "from 0 (unchanged) to below 1"),
-            enlarge=(1, 4, "from 1 to 4"), swag_cycles=(0, 1e6, "0 (no SWAG) or more"),
-            swag_epochs=(1, 1e6, "1 or more"), swag_decay=(1e-6, 1, "above 0, at most 1"),
-        )
-        require(self.ce_weight > 0 or self.triplet_weight > 0, "ce_weight, triplet_weight",
-                (self.ce_weight, self.triplet_weight), "at least one above 0")
-        require_views(self.views)
-        require(self.schedule == "cosine" or bool(self.milestones), "milestones", self.milestones,
-                f"at least one with the schedule {self.schedule}")
+        faults = [str(unknown(name, getattr(self, name), words)) for name, words in WORDS.items()
+                  if getattr(self, name) not in words]
+        averaged = [f"{name}={getattr(self, name)}" for name in ("ema", "swa_epochs", "swag_cycles") if getattr(self, name)]
+        faults += faults_of([
+            (len(self.input) == 2 and min(self.input) >= 16, "input", "x".join(map(str, self.input)),
+             "HxW with both sides at least 16, as in 128x64"),
+            (self.identities >= 2 and self.images >= 2, "identities, images", (self.identities, self.images),
+             "2 or more each: a triplet needs a positive and a negative"),
+            (self.ce_weight > 0 or self.triplet_weight > 0, "ce_weight, triplet_weight",
+             (self.ce_weight, self.triplet_weight), "at least one above 0"),
+            (self.schedule not in ("step", "exponential") or bool(self.milestones), "milestones", self.milestones,
+             f"at least one with the schedule {self.schedule}"),
+            (self.eval_every == 0 or self.held_out > 0, "eval_every", self.eval_every,
+             "0 with held_out=0: only identities that are held out can be evaluated; set held_out too, as in held_out=0.2"),
+            *range_checks(
+                self, epochs=(1, 1e9, "1 or more"), warmup_epochs=(0, self.epochs, f"0 to {self.epochs}"),
+                lr=(1e-12, 1e40, "above 0"), lr_min=(0, self.lr, "from 0 to lr"), gamma=(0, 1, "from 0 to 1"),
+                momentum=(0, 0.9999, "from 0 to below 1"), weight_decay=(0, 1e6, "0 or more"),
+                ce_weight=(0, 1e6, "0 or more"), triplet_weight=(0, 1e6, "0 or more"), margin=(0, 1e6, "0 or more"),
+                label_smoothing=(0, 0.9999, "from 0 to below 1"), drop_path=(0, 0.9999, "from 0 to below 1"),
+                flip=(0, 1, "from 0 to 1"), erase=(0, 1, "from 0 to 1"), pad=(0, 4096, "0 or more pixels"),
+                clip=(0, 1e12, "0 (no clipping) or more"), center_weight=(0, 1e6, "0 or more"),
+                center_lr=(1e-12, 1e6, "above 0"), momentum_late=(0, 0.9999, "from 0 (unchanged) to below 1"),
+                enlarge=(1, 4, "from 1 to 4"), swag_cycles=(0, 1e6, "0 (no SWAG) or more"),
+                swag_epochs=(1, 1e6, "1 or more"), swag_decay=(1e-6, 1, "above 0, at most 1"),
+                cycle_epochs=(2, self.epochs if self.schedule == "cyclic" else 1e9, "2 to the number of epochs"),
+                classifier_dropout=(0, 0.9999, "from 0 to below 1"), jitter=(0, 1, "from 0 to 1"),
+                rand_n=(1, MOST_OPERATIONS, f"1 to {MOST_OPERATIONS} operations"), rand_m=(0, 30, "0 to 30"),
+                patch=(0, 1, "from 0 to 1"), ema=(0, 0.999999, "from 0 (none) to below 1"),
+                swa_epochs=(0, self.epochs, f"0 (none) to {self.epochs}"), swa_lr=(0, 1e40, "0 (the schedule's) or more"),
+                accumulate=(1, 1e6, "1 or more batches"), held_out=(0, 0.9999, "from 0 (none) to below 1"),
+                eval_every=(0, 1e9, "0 (at the end only) or more"),
+            ),
+            (self.views in VIEWS, "views", self.views, VIEWS_ALLOWED),
+        ])
+        if len(averaged) > 1:
+            faults.append(f"{', '.join(averaged)}: allowed is one average of the weights; set the other to 0")
+        if faults:
+            raise UserError("; ".join(faults))
 
     def key(self) -> str:
         """Twelve hexadecimal digits; equal keys mean networks trained alike."""
-        values = asdict(self)
+        values: dict[str, Any] = {}
         for f in fields(self):
-            if f.metadata.get("later") and values[f.name] == f.default:
-                del values[f.name]
+            value = getattr(self, f.name)
+            value = float(value) if isinstance(f.default, float) else value  # 1 and 1.0 are one rate
+            idle = f.name in OF_OTHERS and not OF_OTHERS[f.name](self)
+            if not f.metadata.get("speed") and not (f.metadata.get("later") and (value == f.default or idle)):
+                values[f.name] = value
         return key_of(values)
+
+    def to_file(self, path: str | Path, provenance: dict[str, Any] | None = None) -> None:
+        """Write recipe.json, whole or not at all: what :func:`find_recipe` reads. ``provenance`` says where it is from."""
+        write_json(path, {"format": FORMAT, "version": VERSION, **asdict(self), "provenance": provenance or {}})
 
     @property
     def all_epochs(self) -> int:
@@ -128,6 +196,8 @@ class Recipe:
         if epoch >= self.epochs:
             cycle, step = divmod(epoch - self.epochs, self.swag_epochs)
             return self._cosine(max(self.lr * self.swag_decay**cycle, self.lr_min), step, self.swag_epochs)
+        if self.swa_lr > 0 and epoch >= self.epochs - self.swa_epochs:
+            return self.swa_lr
         if epoch < self.warmup_epochs:
             return self.lr * (0.1 + 0.9 * epoch / self.warmup_epochs)
         if self.schedule == "step":
@@ -135,6 +205,9 @@ class Recipe:
         if self.schedule == "exponential":
             first = self.milestones[0]
             return self.lr * self.gamma ** max(0.0, (epoch - first) / max(self.epochs - first, 1))
+        if self.schedule == "cyclic":
+            cycles = (epoch - self.warmup_epochs) / self.cycle_epochs + (0.5 if self.warmup_epochs else 0.0)
+            return self.lr_min + (self.lr - self.lr_min) * (1 - abs(2 * (cycles % 1) - 1))
         return self._cosine(self.lr, epoch - self.warmup_epochs, self.epochs - self.warmup_epochs)
 
     def _cosine(self, peak: float, step: int, steps: int) -> float:
@@ -145,6 +218,14 @@ class Recipe:
         late = self.momentum_late > 0 and bool(self.milestones) and epoch >= self.milestones[0]
         return self.momentum_late if late else self.momentum
 
+
+# Settings of what may not be in use, and whether it is: idle ones do not enter the key.
+OF_OTHERS: dict[str, Callable[[Recipe], bool]] = {
+    "cycle_epochs": lambda r: r.schedule == "cyclic",
+    "rand_n": lambda r: r.auto_augment == "randaugment",
+    "rand_m": lambda r: r.auto_augment == "randaugment",
+    "swa_lr": lambda r: r.swa_epochs > 0,
+}
 
 # ---------------------------------------------------------------------------------------- recipes by name
 _ROBUST = Recipe(
@@ -198,20 +279,35 @@ RECIPES["demo"] = replace(RECIPES["drawn"], epochs=10)
 
 
 def find_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
-    """A recipe by name or from a JSON file of its fields, with ``changes`` applied."""
+    """A recipe by name or from a JSON file, with ``changes`` applied (text as in ``--set``, or values)."""
     if name.endswith(".json"):
-        given = read_json(name, "recipe")
-        if not isinstance(given, dict):
-            raise UserError(f"{name}: a recipe is a JSON object of fields, got {type(given).__name__}")
-        try:
-            recipe = changed(Recipe(), given, "recipe")
-        except UserError as fault:
-            raise UserError(f"{name}: {fault}") from None
+        recipe = _from_file(name)
     elif name in RECIPES:
         recipe = RECIPES[name]
     else:
         raise unknown("recipe", name, [*RECIPES, "PATH/recipe.json"])
-    shorter = changed(recipe, changes or {}, "recipe", ("warmup_epochs", "milestones"))
-    if recipe.swag_cycles and "swag_epochs" not in (changes or {}):  # SWAG's cycles keep their share of the epochs too
-        return replace(shorter, swag_epochs=max(1, recipe.swag_epochs * shorter.epochs // recipe.epochs))
-    return shorter
+    wanted = dict(changes or {})
+    if "epochs" in wanted:  # cycles and averages keep their share too, where there are any
+        epochs = parse("epochs", wanted["epochs"], recipe.epochs)
+        for follows, lowest, used in (("swag_epochs", 1, recipe.swag_cycles), ("swa_epochs", 1, recipe.swa_epochs),
+                                      ("cycle_epochs", 2, recipe.schedule == "cyclic")):
+            if used:
+                wanted.setdefault(follows, max(lowest, getattr(recipe, follows) * epochs // recipe.epochs))
+    return changed(recipe, wanted, "recipe", ("warmup_epochs", "milestones"))
+
+
+def _from_file(path: str) -> Recipe:
+    """``{"format": "autoreid-recipe", "version": 1, <fields>, "provenance": {}}``; all but the fields may be left out."""
+    given = read_json(path, "recipe")
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: a recipe is a JSON object of fields, got {type(given).__name__}")
+    values = dict(given)
+    form, version = values.pop("format", FORMAT), values.pop("version", VERSION)
+    provenance = values.pop("provenance", {})
+    try:
+        require(form == FORMAT, "format", form, f"{FORMAT}; give the recipe.json that `autoreid tune` wrote, or your own")
+        require(version == VERSION, "version", version, f"{VERSION}; a newer autoreid wrote this file: update autoreid")
+        require(isinstance(provenance, dict), "provenance", provenance, "an object")
+        return changed(Recipe(), values, "recipe")
+    except UserError as fault:
+        raise UserError(f"{path}: {fault}") from None

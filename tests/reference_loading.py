@@ -53,3 +53,40 @@ def box(u_erase, u_top, u_left, attempts, chance, height, width):
         if h < height and w < width:
             return (math.floor(u_top * (height - h + 1)), math.floor(u_left * (width - w + 1)), h, w)
     return (0, 0, 0, 0)
+
+
+def patch(row, position, count, chance, picture, size):
+    """OSNet's random patch, one attempt after another: None, or donor, corner, (height, width), place, mirror, turn.
+
+    ``row`` is whether, donor, corner (2), place (2), mirror, turn, ten areas, ten ratios.
+    """
+    if not row[0] < chance or count == 1:
+        return None
+    for u_area, u_ratio in zip(row[8:18], row[18:28], strict=True):
+        area = size[0] * size[1] * (0.01 + 0.49 * u_area)
+        ratio = 0.1 + 9.9 * u_ratio
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < size[0] and w < size[1]:
+            h, w = max(h, 1), max(w, 1)
+            others = [i % count for i in range(position + 1, position + count)]
+            turns = [0] * 21 + list(range(-10, 11))
+            return (
+                others[math.floor(row[1] * len(others))],
+                (math.floor(row[2] * (picture[0] - h + 1)), math.floor(row[3] * (picture[1] - w + 1))),
+                (h, w),
+                (math.floor(row[4] * (size[0] - h + 1)), math.floor(row[5] * (size[1] - w + 1))),
+                row[6] < 0.5,
+                turns[math.floor(row[7] * 42)],
+            )
+    return None
+
+
+def paste(image, donor, corner, size, place, mirror):
+    """The image (nested lists) with a box of the donor in it, one pixel at a time."""
+    pasted = [[list(row) for row in channel] for channel in image]
+    for channel, given in zip(pasted, donor, strict=True):
+        for y in range(size[0]):
+            for x in range(size[1]):
+                from_x = size[1] - 1 - x if mirror else x
+                channel[place[0] + y][place[1] + x] = given[corner[0] + y][corner[1] + from_x]
+    return pasted

@@ -1,12 +1,15 @@
 """Loading: the search split, the P x K sampler, batches that depend on nothing but their name, pictures kept in a file."""
 
 import errno
+import hashlib
 import multiprocessing
 import os
 import pickle
 import signal
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+import autoreid.loading
 import autoreid.pictures
 from autoreid import augment
 from autoreid.data import Sample
@@ -38,9 +42,12 @@ from autoreid.loading import (
     split_for_search,
 )
 from autoreid.pictures import Pictures
+from autoreid.recipe import Recipe
 
+Tracklet = namedtuple("Tracklet", "path identity camera frames")
 SIZE = (32, 16)
 STILL = Augment(flip=0, pad=0, erase=0)
+ALL = Augment(0.5, 4, 0.5, 1.25, jitter=0.5, auto_augment="autoaugment", patch=0.7)
 
 
 def samples_of(counts) -> list[Sample]:
@@ -242,6 +249,14 @@ def test_enlarged_pictures_are_cropped_to_the_input(pictures):
 def test_augment_mistakes():
     assert said(Augment, 1.5) == "augment flip is a probability in [0, 1], got 1.5"
     assert said(Augment, 0.5, -1) == "augment pad is a number of pixels, 0 or more, got -1"
+    assert said(partial(Augment, jitter=-0.1)) == "augment jitter is a strength in [0, 1], got -0.1"
+    assert said(partial(Augment, rand_m=31)) == "augment rand_m is a number from 0 to 30, got 31"
+    assert said(partial(Augment, auto_augment="rndaugment")) == (
+        "unknown auto_augment 'rndaugment'; did you mean 'randaugment'? known: autoaugment, none, randaugment"
+    )
+    recipe = Recipe(flip=0.1, pad=3, erase=0.2, enlarge=1.5, jitter=0.3, auto_augment="randaugment", rand_n=3, rand_m=4,
+                    patch=0.6)
+    assert Augment.of(recipe) == Augment(0.1, 3, 0.2, 1.5, 0.3, "randaugment", 3, 4, 0.6)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -401,9 +416,265 @@ def test_raw_batches_are_finished_elsewhere_with_the_same_values(pictures, worke
     assert same([(finish(images, boxes), labels) for images, boxes, labels in raw], finished)
 
 
-# ---------------------------------------------------------------------------------------------- tracklets, bad files
+# -------------------------------------------------------------------------------------------------- colours, patches
 
-Tracklet = namedtuple("Tracklet", "path identity camera frames")
+
+def noise(count, size=(33, 18), seed=0) -> torch.Tensor:
+    """Smooth noise: plain noise hardly changes when it is equalised."""
+    values = np.random.default_rng(seed).integers(0, 256, (count, 3, *size)).cumsum(3) // np.arange(1, size[1] + 1)
+    return torch.from_numpy(values.astype(np.uint8))
+
+
+def test_numbers_and_crops_of_recorded_results_stay():
+    """Digests from before there were patches and colours: results that were recorded then can still be repeated."""
+    numbers = augment.random_numbers(1, 2, 3, 64)
+    plan = augment.make_plan(Augment(erase=0.7), numbers, (288, 144), (256, 128))
+    values = [numbers.tobytes(), plan.corner.tobytes() + plan.boxes.tobytes() + plan.flip.tobytes()]
+    assert [hashlib.sha256(v).hexdigest()[:16] for v in values] == ["e22319e0bb21a8e1", "65e0928ed604c9ef"]
+
+
+def test_each_kind_has_its_own_random_numbers():
+    rows = {of: augment.random_numbers(1, 2, 3, 8, of) for of in augment.STREAMS}
+    assert len(np.unique(np.concatenate([r.ravel() for r in rows.values()]))) == sum(r.size for r in rows.values())
+    for of in rows:
+        assert np.array_equal(augment.random_numbers(1, 2, 3, 5, of), rows[of][:5])
+
+
+@pytest.mark.parametrize("u", [0.1, 0.19, 0.21, 0.39, 0.41, 0.59, 0.61, 0.79, 0.81, 0.99])
+def test_autoaugment_is_torchvisions(monkeypatch, u):
+    """Every pair of the policy, with one number for all chances and signs, on either side of each chance that there is."""
+    for pair, image in enumerate(noise(25)):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "randint", lambda *a, pair=pair: torch.tensor(pair))
+            patched.setattr(torch, "rand", lambda *a: torch.tensor(u))
+            expected = v2.AutoAugment()(image)
+        ours, row = image.clone()[None], np.array([[(pair + 0.5) / 25] + [u] * 15])
+        augment.change(ours, Augment(auto_augment="autoaugment"), lambda of, row=row: row)
+        assert torch.equal(ours[0], expected), augment.POLICY[pair]
+        assert u > 0.4 or not torch.equal(ours[0], image)
+
+
+@pytest.mark.parametrize("magnitude", [0, 9, 14, 30])
+@pytest.mark.parametrize("u", [0.1, 0.9])
+def test_randaugment_is_torchvisions(monkeypatch, magnitude, u):
+    for n, image in enumerate(noise(14)):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "randint", lambda *a, n=n: torch.tensor(n))
+            patched.setattr(torch, "rand", lambda *a: torch.tensor(u))
+            expected = v2.RandAugment(3, magnitude)(image)
+        ours = image.clone()[None]
+        row = np.array([[(n + 0.5) / 14, u] * 8])
+        augment.change(ours, Augment(auto_augment="randaugment", rand_n=3, rand_m=magnitude), lambda of, row=row: row)
+        assert torch.equal(ours[0], expected), augment.RANDOM[n]
+        if magnitude == 30:
+            assert torch.equal(ours[0], image) == (augment.RANDOM[n] == "identity"), augment.RANDOM[n]
+
+
+def test_jitter_is_torchvisions():
+    strength = 0.6
+    jitter = v2.ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
+    images, numbers = noise(30, SIZE), augment.random_numbers(0, 0, 0, 30, "jitter")
+    numbers[:24, 4] = (np.arange(24) + 0.5) / 24
+    numbers[24:27, :4], numbers[27:30, :4] = 0.0, 1.0  # the ends of the ranges
+    changed = images.clone()
+    augment.change_colours(changed, strength, numbers)
+    orders = set()
+    for image, ours, (*drawn, order) in zip(images, changed, numbers, strict=True):
+        ranges = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        factors = [low + (high - low) * u for (low, high), u in zip(ranges, drawn, strict=True)]
+        fn_idx = augment.ORDERS[int(order * 24)]
+        orders.add(fn_idx)
+        names = ("brightness", "contrast", "saturation", "hue")
+        expected = jitter.transform(image, {
+            "fn_idx": torch.tensor(fn_idx), **{f"{n}_factor": f for n, f in zip(names, factors, strict=True)}
+        })
+        assert (ours.int() - expected.int()).abs().max() <= 1 and (ours != expected).float().mean() < 1e-3
+        assert (ours.int() - image.int()).abs().max() > 3
+    assert len(orders) == 24
+
+
+def test_operations_are_drawn_alike_often():
+    """Pairs of the policy, chances, RandAugment's operations and the signs have the shares that they should."""
+    rows = augment.random_numbers(3, 0, 0, 8000, "auto").tolist()
+    plain, with_sign = Counter(), Counter()
+    for row in rows:
+        for name, magnitude in augment.choose_operations(Augment(auto_augment="randaugment", rand_n=3), row, SIZE):
+            plain[name] += 1
+            with_sign[name] += magnitude < 0
+    assert sorted(plain) == sorted(augment.RANDOM) and sum(plain.values()) == 24000
+    for name, count in plain.items():
+        assert abs(count / 24000 - 1 / 14) < 0.008, name
+        share = 0.5 if name in augment.SIGNED else 0
+        assert abs(with_sign[name] / count - share) < 0.06, name
+    auto = [augment.choose_operations(Augment(auto_augment="autoaugment"), row, SIZE) for row in rows]
+    wanted = Counter()
+    for name, chance, _ in (operation for pair in augment.POLICY for operation in pair):
+        wanted[name] += chance / 25
+    found = Counter(name for chosen in auto for name, _ in chosen)
+    assert set(found) == set(wanted) and all(abs(found[name] / 8000 - wanted[name]) < 0.02 for name in wanted)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    size=st.tuples(st.integers(2, 30), st.integers(2, 30)),
+    larger=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    count=st.integers(1, 7),
+    chance=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 2**40),
+)
+def test_a_patch_is_its_pixels_one_at_a_time(size, larger, count, chance, seed):
+    picture = (size[0] + larger[0], size[1] + larger[1])
+    numbers = augment.random_numbers(seed, 1, 2, count, "patch")
+    half = slice(count // 2, count)
+    patches = augment.make_patches(chance, numbers, half, picture, size)
+    rows = [reference_loading.patch(row, i, count, chance, picture, size) for i, row in enumerate(numbers.tolist())]
+    expected = [(i, *row) for i, row in enumerate(rows[half]) if row]
+    assert [tuple(p) for p in patches] == expected
+    given = np.random.default_rng(seed).integers(0, 256, (count, 3, *picture), dtype=np.uint8)
+    images = noise(count, size, seed)
+    for p in patches:
+        pasted = images[p.position].clone()
+        augment.paste(pasted, given[p.donor], p._replace(turn=0))
+        before, donor = images[p.position].tolist(), given[p.donor].tolist()
+        assert pasted.tolist() == reference_loading.paste(before, donor, p.corner, p.size, p.place, p.mirror)
+        turned = images[p.position].clone()
+        augment.paste(turned, given[p.donor], p)
+        (y, x), (h, w) = p.place, p.size
+        pasted[:, y : y + h, x : x + w] = v2.functional.rotate(pasted[:, y : y + h, x : x + w], p.turn)
+        assert torch.equal(turned, pasted)
+
+
+def test_patches_have_the_distribution_of_osnets():
+    count, size = 4000, (256, 128)
+    numbers = augment.random_numbers(5, 0, 0, count, "patch")
+    patches = augment.make_patches(0.3, numbers, slice(0, count), size, size)
+    assert abs(len(patches) / count - 0.3) < 0.03
+    patches = augment.make_patches(1.0, numbers, slice(0, count), size, size)
+    rng = np.random.default_rng(0)
+
+    def drawn() -> tuple[int, int]:  # as the authors do
+        while True:
+            area, ratio = size[0] * size[1] * rng.uniform(0.01, 0.5), rng.uniform(0.1, 10)
+            h, w = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+            if h < size[0] and w < size[1]:
+                return h, w
+
+    ours, theirs = np.array([p.size for p in patches]), np.array([drawn() for _ in range(count)])
+    bound = 1.95 * np.sqrt(2 / len(ours))  # met by one pair of equal distributions in a thousand
+    for measure in (lambda s: s[:, 0] * s[:, 1], lambda s: s[:, 0] / s[:, 1]):
+        assert furthest(measure(ours), measure(theirs)) < bound < furthest(measure(ours) * 1.1, measure(theirs))
+    free = np.array(size) - ours + 1
+    for places in ([p.corner for p in patches], [p.place for p in patches]):
+        uniform = (np.array(places) + rng.random((len(ours), 2))) / free
+        assert all(furthest(u, rng.random(count)) < bound for u in uniform.T)
+    assert abs(np.mean([p.mirror for p in patches]) - 0.5) < 0.03
+    turns = Counter(p.turn for p in patches)
+    assert sorted(turns) == list(range(-10, 11)) and abs(turns[0] / count - (0.5 + 0.5 / 21)) < 0.03
+    away = [(p.donor - p.position) % count for p in patches]
+    assert min(away) == 1 and furthest(np.array(away) / count, rng.random(count)) < bound
+
+
+def test_a_patch_comes_from_another_picture_of_the_batch(pictures):
+    still = next(loader(pictures, STILL, raw=True).epoch(0))[0]
+    patched = next(loader(pictures, Augment(0, 0, 0, patch=1), raw=True).epoch(0))[0]
+    numbers = augment.random_numbers(3, 0, 0, 6, "patch")
+    patches = augment.make_patches(1, numbers, slice(0, 6), SIZE, SIZE)
+    assert len(patches) == 6 and sum(p.turn == 0 for p in patches) > 1
+    for p in patches:
+        (y, x), (h, w), (from_y, from_x) = p.place, p.size, p.corner
+        outside = torch.ones(SIZE, dtype=torch.bool)
+        outside[y : y + h, x : x + w] = False
+        assert torch.equal(patched[p.position][:, outside], still[p.position][:, outside])
+        if p.turn == 0:
+            piece = still[p.donor][:, from_y : from_y + h, from_x : from_x + w]
+            assert torch.equal(patched[p.position][:, y : y + h, x : x + w], piece.flip(2) if p.mirror else piece)
+
+
+@pytest.mark.parametrize("auto", ["autoaugment", "randaugment"])
+def test_everything_at_once_does_not_depend_on_workers_or_threads(pictures, auto):
+    everything = replace(ALL, auto_augment=auto)
+    expected = list(loader(pictures, everything).epoch(1))
+    assert same(loader(pictures, everything, workers=2).epoch(1), expected)
+    assert same(loader(pictures, everything).epoch(1, start=2), expected[2:])
+    torch.set_num_threads(3)
+    assert same(loader(pictures, everything).epoch(1), expected) and torch.get_num_threads() == 3
+    for off in ({"jitter": 0}, {"patch": 0}, {"auto_augment": "none"}):
+        assert not same(loader(pictures, replace(everything, **off)).epoch(1), expected)
+
+
+def test_colours_are_changed_by_one_thread(monkeypatch):
+    """A large picture's mean, and so its contrast, has other last bits with more threads; workers have one."""
+    seen, colours = [], augment.change_colours
+    monkeypatch.setattr(augment, "change_colours", lambda *a: seen.append(torch.get_num_threads()) or colours(*a))
+    torch.set_num_threads(3)
+    augment.change(noise(2), Augment(jitter=1), lambda of: augment.random_numbers(0, 0, 0, 2, of))
+    assert seen == [1] and torch.get_num_threads() == 3
+
+
+def test_what_is_switched_off_costs_nothing(pictures, monkeypatch):
+    drawn, numbers = [], augment.random_numbers
+
+    def counted(seed, epoch, batch, count, of="crop"):
+        drawn.append(of)
+        return numbers(seed, epoch, batch, count, of)
+
+    def never(*arguments):
+        raise AssertionError("called for nothing")
+
+    monkeypatch.setattr(autoreid.loading, "random_numbers", counted)
+    for name in ("make_patches", "paste", "change_colours", "choose_operations", "_one_thread"):
+        monkeypatch.setattr(augment, name, never)
+    list(loader(pictures).epoch(0))
+    assert drawn == ["crop"] * 4
+
+
+# ------------------------------------------------------------------------------------------ ranks that train together
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_ranks_batches_one_after_another_are_the_one_process_batch(pictures, processes):
+    counts = {1: 1, 2: 4, 3: 2, 4: 3, 5: 4, 6: 1}
+    samples = [s for i, n in counts.items() for s in [s for s in pictures if s.identity == i][:n]]
+    samples += [Tracklet("", 7, 0, tuple(s.path for s in pictures[:5]))] * 3
+    labels, _ = relabel(samples)
+
+    def of(rank, processes, start=0, **options):
+        sampler = PKSampler(labels, 6, 2, 3)
+        made = TrainLoader(samples, labels, SIZE, sampler, ALL, 3, rank=rank, processes=processes, **options)
+        assert len(made) == 2
+        return list(made.epoch(4, start))
+
+    whole = of(0, 1)
+    ranks = [of(rank, processes, workers=2 * (rank == 1)) for rank in range(processes)]
+    for n, (images, ids) in enumerate(whole):
+        assert torch.equal(torch.cat([batches[n][0] for batches in ranks]), images)
+        assert torch.equal(torch.cat([batches[n][1] for batches in ranks]), ids)
+        seen = [set(batches[n][1].tolist()) for batches in ranks]
+        assert [len(s) for s in seen] == [6 // processes] * processes and len(set.union(*seen)) == 6
+    assert same(of(1, processes, start=1), ranks[1][1:])
+    raw = [of(rank, processes, raw=True) for rank in range(processes)]
+    assert same([(finish(images, boxes), ids) for images, boxes, ids in raw[1]], ranks[1])
+
+
+def test_a_rank_reads_what_it_needs_alone(pictures, decoded):
+    labels, _ = relabel(pictures)
+    sampler = PKSampler(labels, 6, 2, 3)
+    made = TrainLoader(pictures, labels, SIZE, sampler, STILL, 3, rank=1, processes=2)
+    list(made.epoch(0))
+    wanted = [pictures[i].path for batch in sampler.batches(0) for i in batch[6:]]
+    assert sorted(decoded) == sorted(set(wanted)) and len(wanted) == 12
+
+
+def test_identities_that_cannot_be_shared_out(pictures):
+    labels, _ = relabel(pictures)
+    make = partial(TrainLoader, pictures, labels, SIZE, PKSampler(labels, 3, 2), rank=0, processes=2)
+    assert said(make) == (
+        "identities=3: allowed is a multiple of 2, the number of processes, as each trains on whole identities: set "
+        "identities=4"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- tracklets, bad files
 
 
 def test_of_a_tracklet_a_random_frame_is_shown(tmp_path):
