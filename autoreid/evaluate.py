@@ -7,22 +7,26 @@ Query and gallery speak once, at the end. Whatever is chosen on the way (a recip
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from autoreid import parallel
 from autoreid.data import Sample
 from autoreid.errors import UserError, unknown
 from autoreid.loading import enlarged, load_images, normalise
 from autoreid.metrics import DENOMINATORS, Protocol, RetrievalMetrics, find_protocol, retrieval_metrics
 from autoreid.recipe import require_views
 from autoreid.rerank import check_expand, check_rerank, expand_queries
+from autoreid.runs import Preempted, asked_to_stop
 
 POOLINGS = ("mean", "max")
 
@@ -130,14 +134,10 @@ def _extract(
     try:
         net.eval()
         with torch.inference_mode():
-            for pictures, owners, bad in _batches(samples, read, batch, skip_unreadable):
+            for features, owners, bad in _in_order(_features(net, samples, read, size, device, batch, views, skip_unreadable)):
                 unreadable += bad
                 if not len(owners):
                     continue
-                images = normalise(pictures.to(device))
-                crops = v2.functional.five_crop(images, list(size)) if views == 10 else [images]
-                shown = [*crops, *(crop.flip(3) for crop in crops)] if views > 1 else crops
-                features = (sum(net(view).float() for view in shown) / len(shown)).cpu()
                 counts.index_add_(0, owners, torch.ones(len(owners), 1))
                 if not pooled.numel():
                     pooled = torch.full((len(samples), features.shape[1]), 0.0 if pooling == "mean" else -torch.inf)
@@ -159,18 +159,62 @@ def _extract(
     return features, [s for s, there in zip(samples, seen.tolist(), strict=True) if there], unreadable
 
 
+def _features(
+    net: nn.Module,
+    samples: Sequence[Sample],
+    read: tuple[int, int],
+    size: tuple[int, int],
+    device: str | torch.device,
+    batch: int,
+    views: int,
+    skip_unreadable: bool,
+) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Of this process's batches the features, whose they are, and the paths left out."""
+    for pictures, owners, bad in _batches(samples, read, batch, skip_unreadable):
+        if not len(owners):
+            yield torch.empty(0), owners, bad
+            continue
+        images = normalise(pictures.to(device))
+        crops = v2.functional.five_crop(images, list(size)) if views == 10 else [images]
+        shown = [*crops, *(crop.flip(3) for crop in crops)] if views > 1 else crops
+        yield (sum(net(view).float() for view in shown) / len(shown)).cpu(), owners, bad
+
+
+def _in_order(own: Iterator[tuple[Tensor, Tensor, list[str]]]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """The batches of all processes in the order in which one process would make them, on every process: sums come out
+    the same, to the bit. A process's turn is one batch; who has none left gives None."""
+    fault = None
+    while True:
+        try:
+            mine = next(own, None)
+        except UserError as error:  # an unreadable picture: all must learn of it, or the others would wait for ever
+            mine, fault = None, error
+        turn = parallel.gather_objects((mine, fault))
+        if asked_to_stop():
+            raise Preempted
+        for _, error in turn:
+            if error is not None:
+                raise error
+        if all(batch is None for batch, _ in turn):
+            return
+        yield from (batch for batch, _ in turn if batch is not None)
+
+
 def _batches(
     samples: Sequence[Sample], size: tuple[int, int], batch: int, skip_unreadable: bool
 ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Batches of :func:`_load`; the next is decoded while the network is busy with this one."""
-    pictures = _pictures(samples)
+    """This process's batches of :func:`_load`; the next is decoded while the network is busy with this one."""
+    pictures = iter(_pictures(samples))
+    everyones = iter(lambda: list(islice(pictures, batch)), [])
+    mine = islice(everyones, parallel.rank(), None, parallel.processes())
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(_load, list(islice(pictures, batch)), size, skip_unreadable)
-        while following := list(islice(pictures, batch)):
-            loaded = coming.result()
-            coming = ahead.submit(_load, following, size, skip_unreadable)
-            yield loaded
-        yield coming.result()
+        coming = None
+        for following in mine:
+            loaded, coming = coming, ahead.submit(_load, following, size, skip_unreadable)
+            if loaded is not None:
+                yield loaded.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def _pictures(samples: Sequence[Sample]) -> Iterator[tuple[int, Sample]]:
@@ -228,10 +272,10 @@ def evaluate(
     if how.expand is not None:
         asking = torch.from_numpy(expand_queries(asking, answering, *how.expand))
         answering = torch.nn.functional.normalize(answering, dim=1)  # the new queries are of length one
-    metrics = retrieval_metrics(
+    metrics = parallel.from_first(lambda: retrieval_metrics(
         asking, asked[0], asked[1], answering, answered[0], answered[1], protocol=rule, metric=metric,
         denominator=how.denominator, rerank=how.rerank,
-    )
+    ))
     return dataclasses.replace(metrics, unreadable=unreadable)
 
 
@@ -248,6 +292,22 @@ def _require_apart(query: Sequence[Sample], gallery: Sequence[Sample], protocol:
 def without_cameras(samples: Sequence[Sample]) -> bool:
     """Whether the set has none: camera 0 everywhere (see ``data.Sample``)."""
     return not any(sample.camera for sample in samples)
+
+
+def keep_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(to train on, to watch): all images of a random ``share`` of the identities, at least two where it is above 0, are
+    kept out; the same for the same samples and seed. Raises UserError: fewer than two identities are left to train on."""
+    if not share:
+        return list(samples), []
+    identities = sorted({sample.identity for sample in samples})
+    count = max(2, math.floor(share * len(identities)))
+    if len(identities) - count < 2:
+        raise UserError(
+            f"held_out={share}: of {len(identities)} training identities {count} would be kept out; leave at least two to "
+            "train on"
+        )
+    chosen = set(np.random.default_rng([seed, 2]).permutation(identities)[:count].tolist())
+    return ([s for s in samples if s.identity not in chosen], [s for s in samples if s.identity in chosen])
 
 
 def held_out_split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from autoreid.errors import UserError
 from autoreid.options import read_json
 
 T = TypeVar("T")
-PACKAGES = ("autoreid", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors")
+PACKAGES = ("autoreid", "torch", "torchvision", "numpy", "pandas", "optuna", "pillow", "safetensors")
 
 
 # ---------------------------------------------------------------------------------------- whole files
@@ -81,7 +82,57 @@ def key_of(value: Any) -> str:
 
 def command() -> str:
     """The command as the user typed it, without the interpreter's path."""
-    return " ".join([Path(sys.argv[0]).name.replace("__main__.py", "autoreid"), *sys.argv[1:]])
+    started = [] if processes() == 1 else ["torchrun", "--nproc-per-node", str(processes()), "-m"]
+    return " ".join([*started, Path(sys.argv[0]).name.replace("__main__.py", "autoreid"), *sys.argv[1:]])
+
+
+def processes() -> int:
+    """How many train together. Asked of torch only where it is loaded: this file must not load it."""
+    joined = sys.modules.get("autoreid.parallel")
+    return joined.processes() if joined else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks: the first of those that train together."""
+    joined = sys.modules.get("autoreid.parallel")
+    return joined.is_first() if joined else True
+
+
+def _wait() -> None:
+    if joined := sys.modules.get("autoreid.parallel"):
+        joined.wait()
+
+
+# ---------------------------------------------------------------------------------------- stopping
+class Preempted(Exception):
+    """The system wants the machine back (SIGTERM): the state is saved, ``--resume`` goes on from there."""
+
+
+_asked_to_stop = False
+
+
+@contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM only sets a flag, which the work looks at between two batches: :func:`asked_to_stop`."""
+    global _asked_to_stop
+
+    def heed(number: int, frame: Any) -> None:
+        global _asked_to_stop
+        _asked_to_stop = True
+
+    _asked_to_stop = False
+    before = signal.signal(signal.SIGTERM, heed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _asked_to_stop = False
+
+
+def asked_to_stop() -> bool:
+    """Whether SIGTERM came; the same on all processes that train together, if each asks."""
+    joined = sys.modules.get("autoreid.parallel")
+    return joined.agree(_asked_to_stop) if joined else _asked_to_stop
 
 
 def commit() -> str | None:
@@ -145,21 +196,25 @@ class Run:
     """The folder of one long command: what it was asked, where it stands, what it found.
 
     ``config.json`` says what was asked, ``environment.json`` where it ran; ``checkpoint.pt`` holds the exact state of
-    the last whole epoch, ``summary.json`` is written last and says that the run is finished.
+    the last whole epoch (or of the batch where SIGTERM came) with its SHA-256, ``checkpoint.before.pt`` the one before;
+    ``summary.json`` is written last and says that the run is finished. Of processes that train together the first writes.
 
     Making a Run only looks: a folder with a ``config.json`` is refused without ``resume`` or ``overwrite``, and
     ``resume`` accepts only the same question. Nothing is written before :meth:`open`, which the work calls when all
     that the user gave has been found good. ``results`` are files elsewhere that belong to the run.
     """
 
-    FILES = ("config.json", "environment.json", "checkpoint.pt", "summary.json", "genotype.json", "curves.csv",
-             "alphas.csv", "genotype.png", "alphas.png", "curves.png", "swag.safetensors")
+    FILES = ("config.json", "environment.json", "checkpoint.pt", "checkpoint.before.pt", "summary.json", "genotype.json",
+             "curves.csv", "alphas.csv", "genotype.png", "alphas.png", "curves.png", "swag.safetensors")
+    EVENTS = "events.out.tfevents.*"  # TensorBoard's, whose names hold the time and the machine
 
     def __init__(
         self, folder: str | Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool, results: Sequence[Path] = ()
     ) -> None:
         self.folder, self.results, self.overwrite = Path(folder), tuple(results), overwrite
         self.config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
+        if processes() > 1:  # resumed by another number of processes it would not end in the same state
+            self.config["processes"] = processes()
         self.resumes = resume and self._config.exists()
         if self.resumes:
             self._refuse_another_question(read_json(self._config, "run configuration"))
@@ -180,7 +235,7 @@ class Run:
     @classmethod
     def clear(cls, folder: Path, results: Iterable[Path]) -> None:
         """Take a run away: its results first and the question last, so that no old result is left beside a new one."""
-        for path in (*results, *(folder / name for name in reversed(cls.FILES))):
+        for path in (*results, *folder.glob(cls.EVENTS), *(folder / name for name in reversed(cls.FILES))):
             path.unlink(missing_ok=True)
 
     @property
@@ -203,6 +258,12 @@ class Run:
 
     def open(self) -> None:
         """Begin to write: a new run's folder is cleared of what an overwritten one left, then says what is asked."""
+        _wait()  # until every process has looked at what was there
+        if is_first():
+            self._open()
+        _wait()
+
+    def _open(self) -> None:
         if self.folder.is_dir():
             for left in self.folder.glob(".*"):  # temporary files of a killed process
                 if left.is_file():
@@ -214,7 +275,7 @@ class Run:
         write_json(self._config, self.config)
 
     def _refuse_another_question(self, before: Mapping[str, Any]) -> None:
-        now, then = _flat(self.config), _flat(before)
+        now, then = ({"processes": 1, **_flat(config)} for config in (self.config, before))
         for name in sorted({*now, *then}):
             if then.get(name) != now.get(name):
                 raise UserError(
@@ -223,26 +284,62 @@ class Run:
                 )
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the exact state, whole or not at all; tensors and plain values only (read with weights_only)."""
+        """Write the exact state, whole or not at all; tensors and plain values only (read with weights_only). The state
+        saved before stays beside it."""
+        if not is_first():
+            return
         import torch
 
         buffer = io.BytesIO()  # in memory first: torch hides a full disk behind an error of its own
         torch.save(dict(state), buffer)
-        write_bytes(self.checkpoint, buffer.getvalue())
+        data = buffer.getvalue()
+        sealed = io.BytesIO()
+        inner = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        torch.save({"sha256": hashlib.sha256(data).hexdigest(), "state": inner}, sealed)
+        with whole_file(self.checkpoint) as temporary:
+            temporary.write_bytes(sealed.getvalue())
+            if self.checkpoint.exists():
+                os.replace(self.checkpoint, self._before)
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved state, or None for a run that has none (a new one, or one stopped in its first epoch)."""
+        """The last saved state, or None for a run that has none (a new one, or one stopped in its first epoch).
+
+        Where the last is damaged it is the one before, with a warning; UserError where that is damaged too.
+        """
+        there = [path for path in (self.checkpoint, self._before) if path.exists()]
+        for path in there:
+            try:
+                state = self._read(path)
+            except Exception as fault:  # torch raises many kinds for a damaged file
+                why = fault if isinstance(fault, _Changed) else type(fault).__name__  # torch's own words advise a risk
+                say(f"warning: {path} cannot be read ({why}): it is damaged")
+                continue
+            if path == self._before:
+                say(f"warning: going on from the state before, {path}")
+            return state
+        if not there:
+            return None
+        raise UserError(
+            f"{' and '.join(map(str, there))} cannot be read: damaged; start the run anew with --overwrite"
+        )
+
+    @property
+    def _before(self) -> Path:
+        return self.folder / "checkpoint.before.pt"
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
         import torch
 
-        if not self.checkpoint.exists():
-            return None
-        try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as fault:  # torch raises many kinds for a damaged file
-            raise UserError(
-                f"{self.checkpoint} cannot be read ({type(fault).__name__}): it is damaged; "
-                f"start the run anew with --overwrite"
-            ) from fault
+        sealed = torch.load(path, map_location="cpu", weights_only=True)
+        data = sealed["state"].numpy().tobytes()
+        if hashlib.sha256(data).hexdigest() != sealed["sha256"]:
+            raise _Changed("its SHA-256 differs from the one written in it")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+class _Changed(Exception):
+    """A saved state that is not what was saved."""
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -265,13 +362,14 @@ def rows_up_to(path: Path, epoch: int) -> list[str]:
 
 
 def say(message: str) -> None:
-    """One plain line to the user, on stderr: stdout is for figures."""
-    print(message, file=sys.stderr, flush=True)
+    """One plain line to the user, on stderr: stdout is for figures. Of processes that work together the first speaks."""
+    if is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[T], total: int, label: str, every: float = 15.0) -> Iterator[T]:
     """``items`` again, with rate and time left on stderr: a bar on a terminal, else a plain line every so often."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and is_first():
         from tqdm import tqdm
 
         yield from tqdm(items, total=total, desc=label, leave=False)

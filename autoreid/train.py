@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from autoreid import cost, data
+from autoreid import cost, data, parallel
+from autoreid.averaging import averaged
 from autoreid.data import Sample, Splits
 from autoreid.errors import UserError
-from autoreid.evaluate import USUAL, Evaluation, evaluate
+from autoreid.evaluate import USUAL, Evaluation, evaluate, held_out_split, keep_out, without_cameras
 from autoreid.heads import Branch, ReIDNet
 from autoreid.loading import (
     IMAGENET_MEAN,
@@ -37,18 +41,19 @@ from autoreid.options import read_json, require
 from autoreid.pretrained import load_imagenet, start_of, weights_file
 from autoreid.recipe import Recipe
 from autoreid.runs import (
+    Preempted,
     Run,
+    asked_to_stop,
     environment,
     folder_name,
     peak_memory_bytes,
     progress,
-    rows_up_to,
     say,
     write_bytes,
     write_json,
-    write_text,
 )
 from autoreid.swag import SWAG, update_batch_norms
+from autoreid.tracking import Curves
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -61,6 +66,8 @@ class Training:
     images_per_second: float
     peak_memory_bytes: int
     device: str
+    processes: int = 1
+    val_mAP: float | None = None  # on held-out training identities, where any were held out
 
 
 def make_optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -114,6 +121,144 @@ class Criterion(nn.Module):
         return Losses(total, ce, triplet, center)
 
 
+class Diverged(UserError):
+    """The loss is no number any more."""
+
+
+class _Pass(nn.Module):
+    """Pictures to losses, as one module for DDP to wrap.
+
+    The network runs in the recipe's precision, the losses in float32. With several processes and ``gather`` they are
+    those of the global batch, on every process: averaged over processes, the gradients are exactly this loss's.
+    """
+
+    def __init__(self, net: ReIDNet, criterion: Criterion, device: torch.device) -> None:
+        super().__init__()
+        self.net, self.criterion, self.device = net, criterion, device
+        self.branches = torch.compile(net.branches) if criterion.recipe.compile else net.branches
+
+    def forward(self, images: Tensor, labels: Tensor) -> Losses:
+        recipe = self.criterion.recipe
+        precision = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.amp]
+        with torch.autocast(self.device.type, precision, enabled=precision is not None):
+            branches = self.branches(images)
+        together = recipe.gather and parallel.processes() > 1
+        joined = []
+        for b in branches:
+            metric, classified = b.metric.float(), b.classified.float()
+            alike = b.classified is b.metric
+            metric = parallel.gather(metric) if together else metric
+            if alike and not recipe.classifier_dropout:
+                classified = metric
+            else:  # dropped before it is gathered: one mask for all processes
+                classified = nn.functional.dropout(classified, recipe.classifier_dropout, self.training)
+                classified = parallel.gather(classified) if together else classified
+            joined.append(Branch(metric, classified))
+        return self.criterion(joined, parallel.gather(labels) if together else labels)
+
+
+class Learner:
+    """All that a training changes: the net and its criterion, optimisers, averages. What a checkpoint holds."""
+
+    def __init__(self, net: ReIDNet, identities: int, recipe: Recipe, seed: int, device: str) -> None:
+        self.recipe, self.device = recipe, torch.device(device)
+        net.to(device)
+        if recipe.channels_last:
+            net.to(memory_format=torch.channels_last)
+        if recipe.sync_bn and parallel.processes() > 1:
+            parallel.synchronised(net, device)
+        self.net, self.criterion = net, Criterion(net.branch_dims, identities, recipe).to(device)
+        self.parameters = [p for p in (*net.parameters(), *self.criterion.classifiers.parameters()) if p.requires_grad]
+        self.optimizer = make_optimizer(recipe, self.parameters)
+        centers = list(self.criterion.centers.parameters())
+        self.optimizers = [self.optimizer, *([torch.optim.SGD(centers, recipe.center_lr)] if centers else [])]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.average = averaged(net, recipe)
+        self.swag = SWAG(net) if recipe.swag_cycles else None
+        self.module: nn.Module = _Pass(net, self.criterion, self.device)
+        if parallel.processes() > 1:  # without a classifier a neck may lie idle
+            self.module = DistributedDataParallel(self.module, find_unused_parameters=recipe.ce_weight == 0)
+            torch.manual_seed(seed + 10_007 * parallel.rank())  # each process drops other units
+
+    def step(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """One step by the mean gradient of one batch or, when accumulating, several. Returns the four losses, each the
+        mean over the batches, where the network is."""
+        sums = torch.zeros(4, device=self.device)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for number, (images, labels) in enumerate(batches, start=1):
+            unsent = number < len(batches) and isinstance(self.module, DistributedDataParallel)
+            with self.module.no_sync() if unsent else nullcontext():  # type: ignore[union-attr, operator]
+                losses = self.module(images, labels)
+                self.scaler.scale(losses.total / len(batches)).backward()
+            sums += torch.stack(tuple(losses)).detach()
+        if self.recipe.clip > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.average is not None and self.recipe.ema > 0:
+            self.average.update_parameters(self.net)
+        return sums / len(batches)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Collect the weights of ``epoch`` (from 0) where it is an end that SWA or SWAG averages over."""
+        recipe = self.recipe
+        if self.average is not None and 0 < recipe.epochs - epoch <= recipe.swa_epochs:
+            self.average.update_parameters(self.net)
+        if self.swag is not None and epoch >= recipe.epochs and (epoch + 1 - recipe.epochs) % recipe.swag_epochs == 0:
+            self.swag.collect(self.net)
+
+    @property
+    def watched(self) -> nn.Module:
+        """What the training would give if it ended now, but for SWA's and SWAG's means, whose statistics are not made
+        before the end."""
+        return self.average.module if self.average is not None and self.recipe.ema > 0 else self.net
+
+    def deploy(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Give the net the averaged weights, where the recipe averages; with new statistics from these batches where
+        averaging left the old ones wrong."""
+        if self.swag is not None:
+            self.swag.mean_to(self.net)
+        elif self.average is not None:
+            self.net.load_state_dict(self.average.module.state_dict())
+        if self.swag is not None or self.recipe.swa_epochs:
+            update_batch_norms(self.net, batches)
+            parallel.average_(b for b in self.net.buffers() if b.is_floating_point())  # each process saw its own images
+        parallel.broadcast_(self.net)  # one net to evaluate, whatever its statistics came from
+        self.net.to(memory_format=torch.contiguous_format)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values. To be called by every process: each has a random state of its own."""
+        cuda = self.device.type == "cuda"
+        return {
+            "net": self.net.state_dict(), "criterion": self.criterion.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else {},
+            "swag": self.swag.state_dict() if self.swag is not None else {},
+            "rng": parallel.gather_objects(torch.get_rng_state()),
+            "cuda_rng": parallel.gather_objects(torch.cuda.get_rng_state(self.device) if cuda else None),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.criterion.load_state_dict(state["criterion"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.swag is not None:
+            self.swag.load_state_dict(state["swag"])
+        torch.set_rng_state(state["rng"][parallel.rank()])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"][parallel.rank()], self.device)
+
+
+COLUMNS = "loss,loss_ce,loss_triplet,loss_center,val_mAP,lr,seconds"
+
+
 def fit(
     net: ReIDNet,
     samples: Sequence[Sample],
@@ -123,86 +268,128 @@ def fit(
     device: str = "cpu",
     workers: int = 0,
     cache: str | None = None,
+    held_out: Sequence[Sample] = (),
+    report: Callable[[int, float], None] | None = None,
 ) -> Training:
     """Train ``net`` on ``samples`` by ``recipe``, in place; goes on from the run's checkpoint if there is one.
     ``cache``: a folder for decoded pictures.
 
-    After every epoch ``curves.csv`` and the checkpoint are written. Order, crops and erasing are functions of
-    (seed, epoch, batch), so an interrupted training ends in the same state as one that was not.
+    ``held_out``: training identities that are not in ``samples``, to watch retrieval on: every ``recipe.eval_every``
+    epochs and at the end; ``report`` is told each time (epoch from 1, mAP), and what it raises ends the training.
+
+    After every epoch ``curves.csv`` and the checkpoint are written, and in mid-epoch when SIGTERM comes (then
+    :class:`runs.Preempted` is raised). Order, crops and erasing are functions of (seed, epoch, batch), so an interrupted
+    training ends in the same state as one that was not. With several processes (``autoreid.parallel``) each trains on
+    its identities of every batch. Raises :class:`Diverged`.
     """
+    share = recipe.identities // parallel.processes()
+    require(recipe.gather or share >= 2 or recipe.triplet_weight == 0, "gather", "false", f"true where a process trains on "
+            f"{share} identity of a batch: its triplets would have no negative")
     labels, identities = relabel(samples)
     sampler = PKSampler(labels, recipe.identities, recipe.images, seed)
-    augment = Augment(recipe.flip, recipe.pad, recipe.erase, recipe.enlarge)
-    raw = "cuda" in device  # uint8 to the GPU, a quarter of the bytes, and finished there
-    loader = TrainLoader(samples, labels, recipe.input, sampler, augment, seed, workers, cache=cache, raw=raw)
-    net.to(device)
-    criterion = Criterion(net.branch_dims, identities, recipe).to(device)
-    parameters = [p for p in (*net.parameters(), *criterion.classifiers.parameters()) if p.requires_grad]
-    optimizer = make_optimizer(recipe, parameters)
-    center_optimizer = torch.optim.SGD(criterion.centers.parameters(), recipe.center_lr) if criterion.centers else None
-    swag = SWAG(net) if recipe.swag_cycles else None
+    loader = TrainLoader(
+        samples, labels, recipe.input, sampler, Augment.of(recipe), seed, workers, cache=cache,
+        raw="cuda" in device,  # uint8 to the GPU, a quarter of the bytes, and finished there
+        rank=parallel.rank(), processes=parallel.processes(),
+    )
+    watch = Watch(held_out, recipe.input, device) if held_out else None
+    learner = Learner(net, identities, recipe, seed, device)
     run.open()
-    first, seconds, memory, curves = 0, 0.0, 0, run.folder / "curves.csv"
+    first, start, seconds, memory, sums = 0, 0, 0.0, 0, torch.zeros(4, device=device)
     if (state := run.load()) is not None:
-        net.load_state_dict(state["net"])
-        criterion.load_state_dict(state["criterion"])
-        optimizer.load_state_dict(state["optimizer"])
-        if swag is not None:
-            swag.load_state_dict(state["swag"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        first, seconds, memory = state["epoch"], state["seconds"], state["memory"]
-        say(f"resumed after epoch {first} of {recipe.all_epochs}")
+        learner.load(state)
+        first, start, seconds, memory = state["epoch"], state["batch"], state["seconds"], state["memory"]
+        sums = state["sums"].to(device)
+        say(f"resumed after epoch {first}{f' and {start} batches' if start else ''} of {recipe.all_epochs}")
     elif run.resumes:
         say("no epoch was finished: starting with the first")
-    rows = rows_up_to(curves, first) or ["epoch,loss,loss_ce,loss_triplet,loss_center,lr,seconds"]
+    curves = Curves(run.folder, COLUMNS, first)
+    val_map = None
+    for epoch, val_map in curves.read("val_mAP"):
+        if report is not None and val_map is not None:
+            report(epoch + 1, val_map)
+
+    def state_at(epoch: int, batch: int) -> dict[str, Any]:
+        return {**learner.state(), "epoch": epoch, "batch": batch, "sums": sums, "seconds": seconds, "memory": memory}
+
     for epoch in range(first, recipe.all_epochs):
         begin = time.monotonic()
         rate = recipe.learning_rate(epoch)
-        set_rate(optimizer, rate, recipe.momentum_of(epoch))
-        net.train()
-        sums = [0.0, 0.0, 0.0, 0.0]
-        for *pictures, batch_labels in progress(loader.epoch(epoch), len(loader), f"epoch {epoch + 1}"):
-            losses = criterion(net.branches(on_device(pictures, device)), batch_labels.to(device))
-            if not torch.isfinite(losses.total):
-                raise UserError(
-                    f"training diverged in epoch {epoch + 1}: the loss is {losses.total.item()}; lower the learning "
+        set_rate(learner.optimizer, rate, recipe.momentum_of(epoch))
+        learner.module.train()
+        done = start
+        batches = progress(loader.epoch(epoch, start), len(loader) - start, f"epoch {epoch + 1}")
+        while group := list(islice(batches, recipe.accumulate)):
+            losses = learner.step([batch_on(device, batch, recipe.channels_last) for batch in group])
+            sums = sums + losses * len(group)
+            done += len(group)
+            # On a GPU a look at the loss waits for it. What is not finite stays so in the sum.
+            if (device == "cpu" or done % 10 == 0 or done == len(loader)) and not torch.isfinite(sums[0]):
+                raise Diverged(
+                    f"training diverged in epoch {epoch + 1}: the loss is {losses[0].item()}; lower the learning "
                     f"rate, as in --set lr={recipe.lr / 4:g}"
                 )
-            optimizer.zero_grad(set_to_none=True)
-            criterion.centers.zero_grad(set_to_none=True)
-            losses.total.backward()
-            if recipe.clip > 0:
-                nn.utils.clip_grad_norm_(parameters, recipe.clip)
-            optimizer.step()
-            if center_optimizer is not None:
-                center_optimizer.step()
-            sums = [total + loss.item() for total, loss in zip(sums, losses, strict=True)]
-        if swag is not None and epoch >= recipe.epochs and (epoch + 1 - recipe.epochs) % recipe.swag_epochs == 0:
-            swag.collect(net)
+            if asked_to_stop() and done < len(loader):
+                seconds += time.monotonic() - begin
+                run.save(state_at(epoch, done))
+                raise Preempted
+        start = 0
+        learner.end_epoch(epoch)
+        val_map = None
+        if watch is not None and recipe.eval_every and (epoch + 1) % recipe.eval_every == 0:
+            val_map = watch.mAP(learner.watched)
         seconds += time.monotonic() - begin
-        memory = max(memory, torch.cuda.max_memory_allocated() if "cuda" in device else peak_memory_bytes())
-        means = [total / len(loader) for total in sums]
-        rows.append(",".join([str(epoch), *(f"{value:.6g}" for value in (*means, rate, seconds))]))
-        write_text(curves, "\n".join(rows) + "\n")
-        run.save({
-            "net": net.state_dict(), "criterion": criterion.state_dict(), "optimizer": optimizer.state_dict(),
-            "swag": swag.state_dict() if swag is not None else {},
-            "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if "cuda" in device else [],
-            "epoch": epoch + 1, "seconds": seconds, "memory": memory,
-        })
+        memory = max(memory, torch.cuda.max_memory_allocated(device) if "cuda" in device else peak_memory_bytes())
+        means = (sums / len(loader)).tolist()
+        curves.add(epoch, dict(zip(COLUMNS.split(","), (*means, val_map, rate, seconds), strict=True)))
+        sums = torch.zeros(4, device=device)
+        run.save(state_at(epoch + 1, 0))
         left = seconds / (epoch + 1) * (recipe.all_epochs - epoch - 1)
-        say(f"epoch {epoch + 1}/{recipe.all_epochs}: ce {means[1]:.3f}, triplet {means[2]:.3f}, {left:.0f} s left")
-    if swag is not None:
-        swag.mean_to(net)  # and the batch norms' statistics of the averaged weights, from one more pass over the images
-        update_batch_norms(net, ((on_device(p, device), labels) for *p, labels in loader.epoch(recipe.all_epochs)))
+        shown = "" if val_map is None else f", val mAP {100 * val_map:.1f} %"
+        say(f"epoch {epoch + 1}/{recipe.all_epochs}: ce {means[1]:.3f}, triplet {means[2]:.3f}{shown}, {left:.0f} s left")
+        if report is not None and val_map is not None:
+            report(epoch + 1, val_map)
+        if asked_to_stop():
+            raise Preempted
+    curves.close()
+    learner.deploy(batch_on(device, batch) for batch in loader.epoch(recipe.all_epochs))
+    if learner.swag is not None and parallel.is_first():
+        swag = learner.swag
         moments = {"mean": swag.means, "variance": {name: swag.variance(name) for name in swag.means}}
         write_bytes(run.folder / "swag.safetensors", save({
             f"{moment}.{name}": value for moment, values in moments.items() for name, value in values.items()
         }))
+    if watch is not None and (val_map is None or learner.average is not None or learner.swag is not None):
+        val_map = watch.mAP(net)
+        if report is not None:
+            report(recipe.all_epochs, val_map)
     images_seen = recipe.all_epochs * len(loader) * recipe.identities * recipe.images
-    return Training(recipe.all_epochs, seconds, images_seen / max(seconds, 1e-9), memory, device)
+    return Training(
+        recipe.all_epochs, seconds, images_seen / max(seconds, 1e-9), memory, device.split(":")[0], parallel.processes(),
+        val_map,
+    )
+
+
+class Watch:
+    """Retrieval on identities that are not trained on, as ``evaluate.held_out_split`` asks it."""
+
+    def __init__(self, held_out: Sequence[Sample], size: tuple[int, int], device: str) -> None:
+        self.query, self.gallery = held_out_split(held_out)
+        require(bool(self.query), "held_out", f"{len(held_out)} images", "enough identities that one of them is seen by "
+                "two cameras (or, without cameras, twice)")
+        self.protocol = "plain" if without_cameras(held_out) else "market1501"
+        self.size, self.device = size, device
+
+    def mAP(self, net: nn.Module) -> float:
+        parallel.broadcast_(net)  # each process has running statistics of its own images
+        return evaluate(net, self.query, self.gallery, self.size, self.protocol, device=self.device).mAP
+
+
+def batch_on(device: str, batch: Sequence[Tensor], channels_last: bool = False) -> tuple[Tensor, Tensor]:
+    """A loader's batch as the network's input and the labels, where the network is."""
+    *pictures, labels = batch
+    images = on_device(pictures, device)
+    return images.to(memory_format=torch.channels_last) if channels_last else images, labels.to(device)
 
 
 def on_device(pictures: Sequence[Tensor], device: str) -> Tensor:
@@ -264,7 +451,7 @@ def retrain(
     how.check(tested.protocol)  # now, not after the training
     config = {
         "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
-        **start, "test": test, "evaluation": how.to_dict(), "device": device, "train_images": len(samples),
+        **start, "test": test, "evaluation": how.to_dict(), "device": parallel.kind(device), "train_images": len(samples),
     }
     results = (target, target.with_suffix(".safetensors"))
     run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite, results=results)
@@ -275,12 +462,9 @@ def retrain(
     net = spec.build(recipe.drop_path)
     if init != "scratch":
         load_imagenet(net.backbone, spec.name, None if init == "imagenet" else init)
-    training = fit(net, samples, recipe, run, seed, device, workers, cache)
+    trained, held_out = keep_out(samples, recipe.held_out, seed)
+    training = fit(net, trained, recipe, run, seed, device, workers, cache, held_out)
     net.eval()
-    save_weights(
-        results[1], net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=start["init"],
-    )
     result = measure(net, spec, name, tested, recipe.input, device=device, how=how)
     result.update({
         "trained_on": splits.name, "train_part": splits.train_part, "train_unreadable": len(unreadable),
@@ -288,8 +472,14 @@ def retrain(
         "recipe": recipe.key(), "seed": seed, **start, "train": asdict(training),
         "environment": environment(),
     })
-    write_json(target, result)
-    write_json(run.summary, {"result": target.name, "mAP": result["mAP"]})
+    if parallel.is_first():
+        save_weights(
+            results[1], net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
+            resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=start["init"],
+        )
+        write_json(target, result)
+        write_json(run.summary, {"result": target.name, "mAP": result["mAP"]})
+    parallel.wait()
     return target, result
 
 
@@ -328,5 +518,5 @@ def measure(
         "embedding": {"dims": net.dims, "dtype": "float32", "bytes": 4 * net.dims},
         **{key: value for key, value in metrics.to_dict().items() if key not in ("total", "scored", "protocol")},
         "queries": {"total": metrics.total, "scored": metrics.scored},
-        "flip": how.views > 1, **how.to_dict(), "latency_ms": cost.latency(net, size, device),
+        "flip": how.views > 1, **how.to_dict(), "latency_ms": parallel.from_first(lambda: cost.latency(net, size, device)),
     }

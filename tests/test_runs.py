@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -10,7 +12,17 @@ import torch
 
 from autoreid.errors import UserError, unknown
 from autoreid.options import read_json
-from autoreid.runs import Run, environment, key_of, rows_up_to, whole_file, write_json, write_text
+from autoreid.runs import (
+    Run,
+    asked_to_stop,
+    environment,
+    heeding_sigterm,
+    key_of,
+    rows_up_to,
+    whole_file,
+    write_json,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -72,12 +84,56 @@ def test_a_run_is_not_written_over_and_resumes_only_the_same_question(tmp_path):
     assert anew.load() is None and json.loads((anew.folder / "config.json").read_text())["lr"] == 0.2
 
 
-def test_a_damaged_checkpoint_says_so(tmp_path):
+def saved_twice(tmp_path) -> Run:
     run = Run(tmp_path / "run", {}, resume=False, overwrite=False)
     run.open()
-    run.checkpoint.write_bytes(b"PK not really")
-    with pytest.raises(UserError, match="cannot be read .*: it is damaged; start the run anew with --overwrite"):
+    run.save({"epoch": 1, "weights": torch.arange(1000.0)})
+    run.save({"epoch": 2, "weights": torch.arange(1000.0) + 1})
+    return run
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, capsys):
+    run = saved_twice(tmp_path)
+    assert run.load()["epoch"] == 2 and capsys.readouterr().err == ""
+    data = run.checkpoint.read_bytes()
+    for damaged in (data[: len(data) // 2], b"", b"PK not really", data.replace(torch.tensor([5.0, 6.0]).numpy().tobytes(),
+                                                                               torch.tensor([5.0, 7.0]).numpy().tobytes())):
+        assert damaged != data
+        run.checkpoint.write_bytes(damaged)
+        state = run.load()
+        assert state["epoch"] == 1 and torch.equal(state["weights"], torch.arange(1000.0))
+        warned = capsys.readouterr().err.splitlines()
+        assert warned[0].startswith(f"warning: {run.checkpoint} cannot be read") and warned[0].endswith("it is damaged")
+        assert warned[1] == f"warning: going on from the state before, {run.folder / 'checkpoint.before.pt'}"
+    run.checkpoint.unlink()  # killed between the two renames
+    assert run.load()["epoch"] == 1
+
+
+def test_one_flipped_bit_is_found_even_where_the_file_still_opens(tmp_path, capsys):
+    run = saved_twice(tmp_path)
+    sealed = torch.load(run.checkpoint, weights_only=True)
+    assert len(sealed["sha256"]) == 64
+    sealed["state"][len(sealed["state"]) // 2] ^= 1
+    torch.save(sealed, run.checkpoint)
+    assert run.load()["epoch"] == 1
+    assert "its SHA-256 differs from the one written in it" in capsys.readouterr().err
+
+
+def test_where_both_states_are_damaged_it_says_so(tmp_path):
+    run = saved_twice(tmp_path)
+    for path in run.folder.glob("checkpoint*"):
+        path.write_bytes(b"PK not really")
+    with pytest.raises(UserError, match="checkpoint.pt and .*checkpoint.before.pt cannot be read: damaged; start the run anew "
+                                        "with --overwrite"):
         run.load()
+
+
+def test_sigterm_only_sets_a_flag_within_the_block():
+    assert not asked_to_stop()
+    with heeding_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked_to_stop()
+    assert not asked_to_stop() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_environment_names_versions_commit_and_command():

@@ -1,8 +1,9 @@
 """The shared recipe, the loop that follows it, and the result it writes."""
 
+import copy
 import csv
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import planted
 import pytest
@@ -16,18 +17,14 @@ from autoreid import data
 from autoreid.errors import UserError
 from autoreid.loading import Augment, PKSampler
 from autoreid.network import find_model, load_weights
-from autoreid.recipe import RECIPES, Recipe, find_recipe
-from autoreid.runs import Run, key_of
+from autoreid.recipe import Recipe
+from autoreid.runs import Preempted, Run
 from autoreid.train import Criterion, fit, make_optimizer, retrain
 
 SMALL = Recipe(
     input=(32, 16), optimizer="sgd", lr=0.02, epochs=2, warmup_epochs=0, identities=4, images=3, pad=2, erase=0.2
 )
 MODEL = {"width": 4, "stem": 3}
-LATER = {  # fields of the recipe that the first recorded results did not have
-    "triplet", "soft_margin", "literal_smoothing", "center_weight", "center_lr", "momentum_late", "enlarge",
-    "swag_cycles", "swag_epochs", "swag_decay", "views",
-}
 
 
 @pytest.fixture(scope="module")
@@ -37,101 +34,6 @@ def market(tmp_path_factory):
 
 def run(tmp_path, name="run") -> Run:
     return Run(tmp_path / name, {}, resume=False, overwrite=False)
-
-
-# ---------------------------------------------------------------------------------------- the recipe
-def test_learning_rates_of_every_schedule():
-    cosine = Recipe(lr=1.0, lr_min=0.1, epochs=6, warmup_epochs=2)
-    assert [cosine.learning_rate(e) for e in range(6)] == pytest.approx([0.1, 0.55, 1.0, 0.775, 0.325, 0.1])
-    step = Recipe(lr=1.0, epochs=6, warmup_epochs=1, schedule="step", milestones=(3, 5))
-    assert [step.learning_rate(e) for e in range(6)] == pytest.approx([0.1, 1, 1, 0.1, 0.1, 0.01])
-    late = Recipe(lr=1.0, epochs=6, warmup_epochs=0, schedule="exponential", milestones=(2,), gamma=1e-4, momentum_late=0.5)
-    assert [late.learning_rate(e) for e in range(6)] == pytest.approx([1, 1, 1, 0.1, 0.01, 0.001])
-    assert [late.momentum_of(e) for e in range(6)] == [0.9, 0.9, 0.5, 0.5, 0.5, 0.5]
-    swag = Recipe(lr=1.0, lr_min=0.0, epochs=1, warmup_epochs=0, swag_cycles=2, swag_epochs=3, swag_decay=0.5)
-    assert swag.all_epochs == 7
-    assert [swag.learning_rate(e) for e in range(1, 7)] == pytest.approx([1, 0.5, 0, 0.5, 0.25, 0])
-    for cycle, decay, floor in ((35, 0.7, 0.0), (4, 0.5, 0.01), (2, 1.0, 0.1)):
-        swag = Recipe(lr=0.3, lr_min=floor, epochs=1, warmup_epochs=0, swag_cycles=3, swag_epochs=cycle, swag_decay=decay)
-        rates = [swag.learning_rate(e) for e in range(1, swag.all_epochs)]
-        assert rates == pytest.approx(reference.cyclic_rates(3 * cycle, 0.3, cycle, decay, floor), abs=1e-15)
-    sunk = Recipe(lr=1.0, lr_min=0.2, epochs=1, warmup_epochs=0, swag_cycles=3, swag_epochs=4, swag_decay=0.1)
-    assert {sunk.learning_rate(e) for e in range(9, 13)} == {0.2}  # a peak of 0.01 would be below the floor
-
-
-def test_the_papers_recipes_in_their_own_figures():
-    robust = find_recipe("robust-reid")
-    for t, rate in ((1, 3e-3), (2, 6e-3), (10, 3e-2), (150, 3e-2), (151, 3e-3), (225, 3e-3), (226, 3e-4), (350, 3e-4)):
-        assert robust.learning_rate(t - 1) == pytest.approx(rate), t  # Eq. 1 counts epochs from 1
-    swag = find_recipe("robust-reid-swag")
-    assert swag.all_epochs - swag.epochs == 525
-    peaks = [swag.learning_rate(350 + 35 * cycle) for cycle in range(15)]
-    assert peaks == pytest.approx([3e-2 * 0.7**cycle for cycle in range(15)])
-    assert find_recipe("robust-reid-swag", {"epochs": "10"}).all_epochs == 10 + 15
-    safr = find_recipe("safr")
-    assert safr.identities * safr.images == 72 and safr.learning_rate(0) == pytest.approx(0.1 * safr.lr)
-    rates = [safr.learning_rate(e) / safr.lr for e in (9, 10, 19, 20, 30)]
-    assert rates == pytest.approx([0.91, 1, 1, 0.6, 0.36]) and safr.center_weight == 0.0005
-    dare = find_recipe("dare")
-    batches = -(-12936 // 72)  # Market-1501
-    assert dare.epochs * batches == pytest.approx(60_000, rel=0.01)
-    assert dare.milestones[0] * batches == pytest.approx(30_000, rel=0.01)
-    assert dare.learning_rate(dare.epochs - 1) == pytest.approx(3e-7, rel=0.05)
-    assert find_recipe("autoreid").learning_rate(0) == 3.5e-3
-
-
-def test_the_key_changes_with_every_field():
-    base = asdict(Recipe())
-    other = {
-        "input": (64, 32), "optimizer": "sgd", "schedule": "step", "milestones": (1, 2),
-        **{k: v + 1 for k, v in base.items() if type(v) is int},
-        **{k: v * 0.5 for k, v in base.items() if isinstance(v, float) and v},
-    }
-    other |= {
-        "triplet": "batch-soft", "soft_margin": True, "literal_smoothing": True, "center_weight": 0.1, "views": 2,
-        "momentum_late": 0.5, "enlarge": 1.5, "drop_path": 0.1, "clip": 1.0,
-    }
-    keys = {replace(Recipe(), **{name: value}).key() for name, value in other.items()}
-    assert set(other) == set(base) and len(keys | {Recipe().key()}) == len(other) + 1
-
-
-def test_a_field_of_a_later_version_leaves_the_keys_of_recorded_results():
-    """The key of a recipe that was recorded before the seeds' losses came: written down, so that it can not drift."""
-    recorded = {name: value for name, value in asdict(Recipe()).items() if name not in LATER}
-    assert Recipe().key() == key_of(recorded) != replace(Recipe(), soft_margin=True).key()
-
-
-@pytest.mark.parametrize(("name", "changes", "words"), [
-    ("default", {"epochs": "0"}, "epochs=0: allowed is 1 or more"),
-    ("default", {"optimizer": "sdg"}, "unknown optimizer 'sdg'; did you mean 'sgd'? known: adam, adamw, sgd"),
-    ("default", {"margn": "1"}, "unknown recipe field 'margn'; did you mean 'margin'?"),
-    ("default", {"flip": "2"}, "flip=2.0: allowed is from 0 to 1"),
-    ("default", {"clip": "-1"}, "clip=-1.0: allowed is 0 (no clipping) or more"),
-    ("default", {"margin": "nan"}, "margin=nan: margin must be a number (default 0.3)"),
-    ("default", {"milestones": "x"}, "milestones=x: milestones must be whole numbers as in 2,2,2,2 (default (40, 50))"),
-    ("default", {"drop_path": "2"}, "drop_path=2.0: allowed is from 0 to below 1"),
-    ("fast", {}, "unknown recipe 'fast'; known: PATH/recipe.json, autoreid, dare, default, demo, drawn, "),
-])
-def test_mistakes_are_named(name, changes, words):
-    with pytest.raises(UserError) as fault:
-        find_recipe(name, changes)
-    assert str(fault.value).startswith(words)
-
-
-def test_a_recipe_file(tmp_path):
-    path = tmp_path / "recipe.json"
-    path.write_text(json.dumps({"epochs": 5, "warmup_epochs": 1, "input": [64, 32]}))
-    recipe = find_recipe(str(path), {"lr": "0.5"})
-    assert (recipe.epochs, recipe.input, recipe.lr) == (5, (64, 32), 0.5)
-    for fields, words in (({"input": 5}, "input=5: input must be whole numbers"), ({"lr": None}, "lr=None: lr must be")):
-        path.write_text(json.dumps(fields))
-        with pytest.raises(UserError) as fault:
-            find_recipe(str(path))
-        assert str(fault.value).startswith(f"{path}: {words}")
-    path.write_text(json.dumps({"epoch": 5}))
-    with pytest.raises(UserError) as fault:
-        find_recipe(str(path))
-    assert str(fault.value).startswith(f"{path}: unknown recipe field 'epoch'; did you mean 'epochs'?")
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
@@ -291,7 +193,8 @@ def test_a_result_has_the_contracts_fields_and_its_weights_give_its_figures(mark
         "mAP", "mAP_trapezoid", "mINP", "cmc", "queries", "flip", "rerank", "latency_ms", "train", "environment",
     }
     assert needed <= set(result)
-    assert set(result["train"]) == {"epochs", "seconds", "images_per_second", "peak_memory_bytes", "device"}
+    assert set(result["train"]) == {"epochs", "seconds", "images_per_second", "peak_memory_bytes", "device", "processes",
+                                    "val_mAP"}
     assert result["embedding"] == {"dims": 32, "dtype": "float32", "bytes": 128}
     assert result["recipe"] == SMALL.key() and result["queries"]["total"] == 10
     assert result["split"] == "64 train, 10 query, 30 gallery images"
@@ -312,7 +215,174 @@ def test_a_result_has_the_contracts_fields_and_its_weights_give_its_figures(mark
         retrain(spec, "market", replace(SMALL, lr=0.5), tmp_path, root=str(market), seed=3, resume=True)
 
 
-def test_the_papers_recipe():
-    r = RECIPES["autoreid"]
-    assert (r.input, r.epochs, r.optimizer, r.lr, r.milestones, r.identities, r.images, r.margin) == (
-        (384, 128), 240, "adam", 3.5e-3, (80, 150), 8, 4, 0.3)
+# ---------------------------------------------------------------------------------------- the loop's possibilities
+def trained(market, folder, recipe, resume=False, **options):
+    """(the net's state, Training) of a small training."""
+    samples = data.load("market", market, parts=("train",)).train
+    torch.manual_seed(0)
+    net = find_model("resnet18", MODEL).build()
+    training = fit(net, samples, recipe, Run(folder, {}, resume=resume, overwrite=False), seed=0, **options)
+    return net.state_dict(), training
+
+
+def test_an_accumulated_step_is_one_by_the_mean_gradient(market, tmp_path):
+    samples = data.load("market", market, parts=("train",)).train
+    torch.manual_seed(0)
+    learner = autoreid.train.Learner(find_model("resnet18", MODEL).build(), 8, replace(SMALL, accumulate=3), 0, "cpu")
+    twin = copy.deepcopy(learner.net), copy.deepcopy(learner.criterion)
+    images = [torch.stack([torch.randn(3, 32, 16) for _ in range(12)]) for _ in range(3)]
+    labels = torch.arange(4).repeat_interleave(3)
+    learner.module.train(), twin[0].train()
+    losses = learner.step([(x, labels) for x in images])
+    totals = [twin[1](twin[0].branches(x), labels).total for x in images]
+    gradients = torch.autograd.grad(sum(totals) / 3, [p for p in twin[0].parameters() if p.requires_grad])
+    parameters = [p for p in learner.net.parameters() if p.requires_grad]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert float(losses[0]) == pytest.approx(float(sum(totals)) / 3, rel=1e-5)
+    batches = len(PKSampler([s.identity for s in samples], 4, 3))
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = autoreid.train.Learner.step
+        patch.setattr(autoreid.train.Learner, "step", lambda learner, group: steps.append(len(group)) or step(learner, group))
+        trained(market, tmp_path / "run", replace(SMALL, epochs=1, accumulate=3))
+    assert sum(steps) == batches and steps[:-1] == [3] * (len(steps) - 1)  # the last step has what is left
+
+
+def test_ema_and_swa_deploy_their_averages(market, tmp_path, monkeypatch):
+    """EMA: the average's state as it is. SWA: the mean over the last epochs' ends, with new statistics."""
+    seen = []
+    end = autoreid.train.Learner.end_epoch
+
+    def watched(learner, epoch):
+        seen.append({name: p.detach().clone() for name, p in learner.net.named_parameters()})
+        end(learner, epoch)
+
+    monkeypatch.setattr(autoreid.train.Learner, "end_epoch", watched)
+    plain, _ = trained(market, tmp_path / "plain", replace(SMALL, epochs=4))
+    ends, seen[:] = list(seen), []
+    swa, _ = trained(market, tmp_path / "swa", replace(SMALL, epochs=4, swa_epochs=3))
+    for name, parameter in ends[-1].items():
+        mean = torch.stack([weights[name] for weights in ends[1:]]).mean(0)
+        torch.testing.assert_close(swa[name], mean, rtol=1e-5, atol=1e-6)
+        assert torch.equal(plain[name], parameter)
+    norm = "backbone.stem.1.running_mean"
+    assert not torch.allclose(swa[norm], plain[norm], rtol=1e-4)
+    ema, _ = trained(market, tmp_path / "ema", replace(SMALL, epochs=4, ema=0.9))
+    assert any(not torch.allclose(ema[name], plain[name], rtol=1e-3) for name in ends[-1])
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(seen[-4:], ends, strict=True) for name in a)  # same training
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_learns_and_its_losses_and_weights_are_float32(market, tmp_path, amp):
+    recipe = replace(SMALL, epochs=6, amp=amp)
+    learner = autoreid.train.Learner(find_model("resnet18", MODEL).build(), 8, recipe, 0, "cpu")
+    kinds = []
+    learner.net.backbone.stem[0].register_forward_hook(lambda m, i, out: kinds.append(out.dtype))
+    learner.step([(torch.randn(6, 3, 32, 16), torch.arange(2).repeat_interleave(3))])
+    assert kinds == [{"bf16": torch.bfloat16, "fp16": torch.float16}[amp]]
+    assert learner.scaler.is_enabled() == (amp == "fp16")
+    state, _ = trained(market, tmp_path, recipe)
+    assert all(v.dtype in (torch.float32, torch.int64) for v in state.values())
+    rows = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+
+
+def branches_and_gradients(recipe):
+    """What the loop's network gives for fixed pictures, and a gradient through it, in float64; and the learner."""
+    torch.manual_seed(0)
+    learner = autoreid.train.Learner(find_model("resnet18", MODEL).build(), 2, recipe, 0, "cpu")
+    learner.net.double().train()
+    batch = torch.randn(8, 3, 32, 16, dtype=torch.float64), torch.arange(2).repeat_interleave(4)
+    images, _ = autoreid.train.batch_on("cpu", batch, recipe.channels_last)
+    (branch,) = learner.module.branches(images)
+    parameters = [p for p in learner.net.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(branch.classified.sin().sum() + branch.metric.cos().sum(), parameters)
+    return [*branch, *gradients], learner
+
+
+def test_channels_last_changes_nothing_but_rounding(market, tmp_path):
+    plain, _ = branches_and_gradients(SMALL)
+    last, learner = branches_and_gradients(replace(SMALL, channels_last=True))
+    weight = learner.net.backbone.stem[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    torch.testing.assert_close(last, plain, rtol=1e-8, atol=1e-10)
+    state, _ = trained(market, tmp_path, replace(SMALL, epochs=1, channels_last=True))
+    assert all(value.is_contiguous() for value in state.values())  # safetensors takes no other
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_the_same_but_for_rounding(market, tmp_path):
+    plain, compiled = (branches_and_gradients(replace(SMALL, compile=on))[0] for on in (False, True))
+    torch.testing.assert_close(compiled, plain, rtol=1e-8, atol=1e-10)
+    trained(market, tmp_path, replace(SMALL, epochs=2, compile=True))
+
+
+def test_classifier_dropout_drops_what_the_classifier_reads_and_no_metric(market, monkeypatch):
+    learner = autoreid.train.Learner(find_model("resnet18", MODEL).build(), 2, replace(SMALL, classifier_dropout=0.5), 0, "cpu")
+    seen = []
+    monkeypatch.setattr(learner.criterion, "forward", lambda branches, labels: seen.append(branches[0]))
+    images, labels = torch.randn(8, 3, 32, 16), torch.arange(2).repeat_interleave(4)
+    learner.module.train()
+    learner.module(images, labels)
+    learner.module(images, labels)
+    assert torch.equal(seen[0].metric, seen[1].metric)
+    dropped = [branch.classified == 0 for branch in seen]
+    assert all(0.4 < zeros.float().mean() < 0.6 for zeros in dropped) and not torch.equal(*dropped)
+    learner.module.eval()
+    learner.module(images, labels)
+    assert (seen[2].classified == 0).float().mean() < 0.1
+
+
+def test_held_out_identities_are_watched_and_never_trained(market, tmp_path, monkeypatch):
+    splits = data.load("market", market, parts=("train",))
+    told, trained_on = [], []
+    fitting = autoreid.train.fit
+
+    def watched(net, samples, *rest):
+        trained_on.append(({s.identity for s in samples}, {s.identity for s in rest[-1]}))
+        return fitting(net, samples, *rest, report=lambda *figures: told.append(figures))
+
+    monkeypatch.setattr(autoreid.train, "fit", watched)
+    recipe = replace(SMALL, epochs=5, held_out=0.4, eval_every=2)
+    path, result = retrain(find_model("resnet18", MODEL), "market", recipe, tmp_path, root=str(market))
+    (kept, held), = trained_on
+    assert len(held) == 3 and not kept & held and kept | held == {s.identity for s in splits.train}
+    assert [epoch for epoch, _ in told] == [2, 4, 5] and result["train"]["val_mAP"] == told[-1][1]
+    rows = list(csv.DictReader((path.with_suffix("") / "curves.csv").open()))
+    assert [bool(row["val_mAP"]) for row in rows] == [False, True, False, True, False]
+    with pytest.raises(UserError, match=r"held_out=0.9: of 8 training identities 7 would be kept out; leave at least two"):
+        retrain(find_model("resnet18", MODEL), "market", replace(recipe, held_out=0.9), tmp_path / "b", root=str(market))
+
+
+@pytest.mark.parametrize("changes", [{"ema": 0.9, "accumulate": 2}, {"amp": "fp16", "classifier_dropout": 0.3},
+                                     {"swa_epochs": 2, "amp": "bf16"}])
+def test_stopped_in_mid_epoch_it_ends_in_the_same_state(market, tmp_path, monkeypatch, changes):
+    recipe = replace(SMALL, epochs=3, **changes)
+    whole, _ = trained(market, tmp_path / "whole", recipe)
+    looks = iter(range(1000))
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(autoreid.train, "asked_to_stop", lambda: next(looks) == 0)
+        trained(market, tmp_path / "halves", recipe)
+    state = Run(tmp_path / "halves", {}, resume=True, overwrite=False).load()
+    assert (state["epoch"], state["batch"]) != (0, 0) and state["batch"] > 0
+    again, _ = trained(market, tmp_path / "halves", recipe, resume=True)
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    curves = [[row.rsplit(",", 1)[0] for row in (tmp_path / name / "curves.csv").read_text().splitlines()]
+              for name in ("whole", "halves")]
+    assert curves[0] == curves[1]
+
+
+def test_what_was_reported_before_a_stop_is_reported_again(market, tmp_path, monkeypatch):
+    recipe, told = replace(SMALL, epochs=4, held_out=0.3, eval_every=1), []
+    held = [s for s in data.load("market", market, parts=("train",)).train][:12]
+
+    def stop(epoch, figure):
+        told.append((epoch, figure))
+        if epoch == 2 and len(told) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(market, tmp_path / "run", recipe, held_out=held, report=stop)
+    trained(market, tmp_path / "run", recipe, resume=True, held_out=held, report=stop)
+    assert [epoch for epoch, _ in told] == [1, 2, 1, 2, 3, 4] and told[2] == (1, pytest.approx(told[0][1], abs=1e-6))
