@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from autoreid.errors import UserError, unknown
 from autoreid.recipe import RECIPES
-from autoreid.runs import say
+from autoreid.runs import Preempted, heeding_sigterm, is_first, processes, say, without_password
 from autoreid.version import __version__
 
 if TYPE_CHECKING:
     from autoreid.evaluate import Evaluation
 
-COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "density", "tune", "compare")
+COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "density", "tune", "sweep", "compare")
 # Spelled out, because the help must not import numpy.
 PROTOCOL_NAMES = ("market1501, msmt17, cuhk03-np, cuhk03-classic, veri, vehicleid/test-800 (-1600, -2400, -3200, -6000, "
                   "-13164), vric, veri-wild, mars or plain")
+RESUMABLE = ("demo", "search", "retrain", "tune", "sweep")  # what SIGTERM stops with its state saved
+JOINED = ("tune", "sweep")  # the same command goes on by itself
 GLOBAL_OPTIONS = ("-h", "--help", "--version")
 
 
@@ -243,10 +245,48 @@ def build_parser() -> Parser:
     p.add_argument("--picture", metavar="FILE.png", help="also draw the density over the depth")
     _json(p)
 
-    p = command("tune", "tune the shared recipe on held-out training identities (not here yet: it comes with the issue "
-                "'One shared recipe, tuned by Optuna')", "autoreid tune --dataset market --root ~/data", tune)
+    p = command("tune", "tune the shared recipe with Optuna, judged by a panel of models on held-out training identities; "
+                "started again, or on another machine, it joins the study",
+                "autoreid tune --dataset market --root ~/data --trials 40", tune)
     _dataset(p)
-    p.add_argument("--storage", metavar="URL", help="of the Optuna study")
+    p.add_argument("--trials", type=whole, default=40, metavar="N", help="finished ones of the whole study, by all workers")
+    p.add_argument("--recipe", metavar="NAME|FILE", help="the recipe to start from, which keeps what is not tuned; "
+                   "default: drawn for drawn data, default for all other")
+    p.add_argument("--panel", metavar="NAME,...", help="the models that judge, options behind colons, as in "
+                   "resnet18:width=8,safr-small; default: a searched cell, a ResNet, SAFR and Robust-ReID, small ones for "
+                   "drawn data")
+    p.add_argument("--fields", metavar="KEY,...", help="what is tuned, instead of all: optimizer, lr, weight_decay, "
+                   "warmup_share, schedule, batch, triplet, soft_margin, margin, ce_weight, label_smoothing, flip, erase, "
+                   "pad_share, jitter, auto_augment, patch, classifier_dropout, drop_path, ema or clip")
+    p.add_argument("--folds", type=whole, default=2, metavar="K", help="of the training identities, each held out once; 1: "
+                   "a third is held out")
+    p.add_argument("--sampler", default="tpe", metavar="NAME", help="tpe, nsga2 or random")
+    p.add_argument("--pruner", metavar="NAME", help="median, hyperband or none; default median (none with two objectives)")
+    p.add_argument("--objectives", default="mAP", metavar="NAMES", help="mAP, or mAP,seconds of training")
+    p.add_argument("--storage", metavar="URL", help="postgresql://USER@HOST/DATABASE, which workers on several machines "
+                   "share; default: a journal file beside the trainings")
+    p.add_argument("--study", metavar="NAME", help="what to call the study; default the dataset's name")
+    _cache(p)
+    _training(p)
+    p.add_argument("--out", metavar="DIR", default="results", help="where to write")
+    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
+    p.add_argument("--overwrite", action="store_true", help="replace the recipe.json of another study")
+    _json(p)
+
+    p = command("sweep", "train every model of a file on every dataset with every seed, each once, by as many workers as "
+                "start this command; killed ones are replaced", "autoreid sweep panel.json --root ~/data", sweep)
+    p.add_argument("file", metavar="FILE.json", help='such as {"models": ["resnet50", "safr-small"], '
+                   '"datasets": ["market"], "seeds": [0, 1, 2], "recipe": "default"}; an unknown key lists all')
+    p.add_argument("--root", metavar="DIR", help="the folder that holds the datasets' folders")
+    p.add_argument("--storage", metavar="URL", help="postgresql://USER@HOST/DATABASE, which workers on several machines "
+                   "share; default: a journal file in --out")
+    p.add_argument("--list", action="store_true", help="only show how far every job is")
+    p.add_argument("--retry", action="store_true", help="also the jobs that failed, once more")
+    p.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load pictures, 0 for none")
+    _cache(p)
+    p.add_argument("--out", metavar="DIR", default="results", help="where to write")
+    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
+    _json(p)
 
     p = command("compare", "table, Pareto fronts and report over results of one dataset; refuses rows not comparable",
                 "autoreid compare results/drawn-people", compare)
@@ -283,7 +323,7 @@ def check_data(args: argparse.Namespace) -> int:
 
 
 def search(args: argparse.Namespace) -> None:
-    from autoreid import data
+    from autoreid import data, parallel
     from autoreid.plots import draw_search
     from autoreid.runs import Run, command, folder_name
     from autoreid.search import find_settings, search_config
@@ -296,14 +336,15 @@ def search(args: argparse.Namespace) -> None:
         if value is not None:
             changes[name] = value
     settings = find_settings(args.preset or _preset(args.dataset), changes)
-    space, device = SearchSpace.load(args.space), _device(args.device)
+    space, device = SearchSpace.load(args.space), parallel.start(_device(args.device))
     samples = data.load(args.dataset, args.root, parts=("train",)).train
     folder = Path(args.out) / f"{folder_name(args.dataset)}-{space.name}-{settings.method}-s{args.seed}"
-    run = Run(folder, search_config(args.dataset, space, settings, args.seed, device, len(samples)),
+    run = Run(folder, search_config(args.dataset, space, settings, args.seed, parallel.kind(device), len(samples)),
               resume=args.resume, overwrite=args.overwrite)
     provenance = _provenance(command(), args.dataset, settings.method, args.seed)
     result = run_search(space, samples, settings, run, args.seed, device, args.workers, provenance, args.cache)
-    draw_search(folder)
+    if parallel.is_first():
+        draw_search(folder)
     figures = {
         "genotype": str(folder / "genotype.json"), "key": result.genotype.key(), "val_mAP": result.val_mAP,
         "device_hours": result.device_hours, "peak_memory_bytes": result.peak_memory_bytes,
@@ -315,6 +356,7 @@ def search(args: argparse.Namespace) -> None:
 
 
 def retrain(args: argparse.Namespace) -> None:
+    from autoreid import parallel
     from autoreid.network import find_model
     from autoreid.recipe import Recipe, find_recipe
     from autoreid.train import retrain as run_retrain
@@ -331,7 +373,7 @@ def retrain(args: argparse.Namespace) -> None:
     recipe = find_recipe(args.recipe or _preset(args.dataset), for_recipe)
     path, result = run_retrain(
         spec, args.dataset, recipe, args.out, root=args.root, test=args.test, seed=args.seed,
-        device=_device(args.device), workers=args.workers, how=_how(args), init=args.init, cache=args.cache,
+        device=parallel.start(_device(args.device)), workers=args.workers, how=_how(args), init=args.init, cache=args.cache,
         resume=args.resume, overwrite=args.overwrite, name=args.name,
     )
     _figures(args, result, f"{_metrics_line(result)}\nresult in {path}")
@@ -339,7 +381,7 @@ def retrain(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from autoreid import data
+    from autoreid import data, parallel
     from autoreid.metrics import PROTOCOLS
     from autoreid.network import ModelSpec, load_weights
     from autoreid.runs import environment, write_json
@@ -352,7 +394,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out} is there already: add --overwrite to replace it, or give another --out")
     if args.ranked and not args.ranked.endswith(".png"):
         raise UserError(f"--ranked {args.ranked}: give the name of a .png file")
-    device, how = _device(args.device), _how(args)
+    device, how = parallel.start(_device(args.device)), _how(args)
     net, metadata = load_weights(args.weights)
     spec = ModelSpec.from_dict(metadata["model"])
     splits, size = data.load(args.dataset, args.root, parts=("query", "gallery")), tuple(metadata["input"])
@@ -361,7 +403,7 @@ def evaluate(args: argparse.Namespace) -> None:
     result["split"] = f"{len(splits.query)} query, {len(splits.gallery)} gallery images"
     result.update({"recipe": metadata["recipe"], "seed": metadata["seed"], "init": metadata["init"],
                    "trained_on": metadata["dataset"], "environment": environment()})
-    if args.out:
+    if args.out and parallel.is_first():
         write_json(args.out, result)
     if args.ranked:
         _draw_ranked(args, net, splits, size, device)
@@ -470,10 +512,56 @@ def density(args: argparse.Namespace) -> None:
 
 
 def tune(args: argparse.Namespace) -> None:
-    raise UserError(
-        "autoreid tune is not here yet: it comes with the issue 'One shared recipe, tuned by Optuna'; until then give "
-        "retrain a recipe with --recipe FILE or --set key=value"
+    from autoreid.plots import draw_study
+    from autoreid.recipe import find_recipe
+    from autoreid.runs import folder_name
+    from autoreid.tune import PANELS, SPACE, summary
+    from autoreid.tune import tune as run_tune
+
+    _threads()
+    preset = _preset(args.dataset)
+    found = run_tune(
+        args.dataset, find_recipe(args.recipe or preset, _changes(args)), args.panel or PANELS[preset], args.out,
+        root=args.root, trials=args.trials, tuned=args.fields.split(",") if args.fields else tuple(SPACE),
+        folds=args.folds, sampler=args.sampler, pruner=args.pruner, objectives=args.objectives, storage=args.storage,
+        name=args.study, seed=args.seed, device=_device(args.device), workers=args.workers, cache=args.cache,
+        overwrite=args.overwrite,
     )
+    folder = Path(args.out) / folder_name(args.dataset)
+    for path in draw_study(folder):
+        say(f"picture: {path}")
+    recipe = folder / "recipe.json"
+    figures = {key: found[key] for key in ("study", "storage", "counts", "best", "base", "front", "importance")}
+    _figures(args, {"recipe": str(recipe), **figures}, summary(found, recipe))
+    _next(f"autoreid retrain MODEL --dataset {args.dataset}{_root(args)} --recipe {shlex.quote(str(recipe))}")
+
+
+def sweep(args: argparse.Namespace) -> int:
+    from autoreid.studies import without_password
+    from autoreid.sweep import Sweep, run, states
+
+    _threads()
+    asked = Sweep.read(args.file)
+    if args.list:
+        rows = states(asked, args.out, args.storage)
+    else:
+        rows = run(asked, args.out, root=args.root, storage=args.storage, device=_device(args.device),
+                   workers=args.workers, cache=args.cache, retry=args.retry)
+    width = max(len(row["job"]) for row in rows)
+    _figures(args, rows, "\n".join(f"{row['job']:{width}}  {row['text']}" for row in rows))
+    where = {"--root": args.root, "--storage": args.storage and without_password(args.storage),
+             "--out": None if args.out == "results" else args.out}
+    again = shlex.join(["autoreid", "sweep", args.file, *(word for pair in where.items() if pair[1] for word in pair)])
+    if args.list:
+        _next(again)
+        return 0
+    for folder in sorted({str(Path(row["result"]).parent) for row in rows if row["result"]}):
+        _next(f"autoreid compare {shlex.quote(folder)}")
+    failed = sum(row["state"] == "failed" for row in rows)
+    if failed:
+        say(f"autoreid: {failed} of {_counted(len(rows), 'job')} failed, for the reasons above; when they are mended: "
+            f"{_pastable(again)} --retry")
+    return 2 if failed else 0
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -492,7 +580,8 @@ def compare(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------------------------------- small parts
 def _figures(args: argparse.Namespace, figures: Any, text: str) -> None:
-    print(json.dumps(figures) if args.json else text, flush=True)
+    if is_first():
+        print(json.dumps(figures) if args.json else text, flush=True)
 
 
 def _next(text: str) -> None:
@@ -554,6 +643,7 @@ def _numbers(option: str, text: str | None, example: str, kinds: Sequence[type])
 
 def _draw_ranked(args: argparse.Namespace, net: Any, splits: Any, size: tuple[int, int], device: str) -> None:
     """Lists of the worst queries, or of those that the user names by the end of their path, as a picture."""
+    from autoreid import parallel
     from autoreid.evaluate import extract
     from autoreid.plots import ranked_lists as draw
     from autoreid.plots import save
@@ -574,6 +664,8 @@ def _draw_ranked(args: argparse.Namespace, net: Any, splits: Any, size: tuple[in
         query, asked, asking, gallery, answered, answering, args.protocol or splits.protocol, chosen
     )
     what = "the worst queries" if chosen is None else "chosen queries"
+    if not parallel.is_first():
+        return
     save(draw(lists, splits.query, splits.gallery, f"{Path(args.weights).stem} on {splits.name}: {what}"), args.ranked)
     say(f"ranked lists: {args.ranked}")
 
@@ -623,6 +715,13 @@ def _threads() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
+def _again(argv: Sequence[str]) -> str:
+    """The command that goes on with the one that was stopped."""
+    kept = [a for a in argv if a not in ("--resume", "--overwrite")]
+    again = shlex.join(["autoreid", *kept, *(["--resume"] if argv[0] not in JOINED else [])])
+    return f"torchrun --nproc-per-node {processes()} -m {again}" if processes() > 1 else _pastable(without_password(again))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -636,16 +735,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if getattr(args, "resume", False) and getattr(args, "overwrite", False):
             raise UserError("--resume and --overwrite contradict each other: give one of them")
-        return args.run(args) or 0
+        if args.command not in RESUMABLE:
+            return args.run(args) or 0
+        with heeding_sigterm():
+            return args.run(args) or 0
+    except Preempted:
+        say(f"stopped by SIGTERM; the state is saved, resume with: {_again(argv)}")
+        return 0
     except KeyboardInterrupt:
-        again = shlex.join(["autoreid", *(a for a in argv if a not in ("--resume", "--overwrite")), "--resume"])
-        say(f"interrupted; nothing written is lost, go on with: {_pastable(again)}" if argv and argv[0] in
-            ("demo", "search", "retrain") else "interrupted")
+        say(f"interrupted; nothing written is lost, go on with: {_again(argv)}" if argv and argv[0] in RESUMABLE
+            else "interrupted")
         return 130
     except UserError as fault:
         if debug:
             traceback.print_exc()
-        say(f"autoreid: {fault}" if not str(fault).startswith("autoreid") else str(fault))
+        text = f"autoreid: {fault}" if not str(fault).startswith("autoreid") else str(fault)
+        print(text, file=sys.stderr, flush=True)  # by any process: its fault ends them all
         return 2
     except (MemoryError, RuntimeError) as fault:
         if isinstance(fault, RuntimeError) and "allocate" not in str(fault) and "out of memory" not in str(fault):

@@ -45,8 +45,8 @@ def start(device: str) -> str:
 
 
 def kind(device: str) -> str:
-    """The device as it stands in a record: of several processes each has its own, and they must agree."""
-    return device.split(":")[0] if processes() > 1 else device
+    """The device as it stands in a record, without its number: a run may go on on another GPU."""
+    return device.split(":")[0]
 
 
 def end() -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -83,7 +84,12 @@ def key_of(value: Any) -> str:
 def command() -> str:
     """The command as the user typed it, without the interpreter's path."""
     started = [] if processes() == 1 else ["torchrun", "--nproc-per-node", str(processes()), "-m"]
-    return " ".join([*started, Path(sys.argv[0]).name.replace("__main__.py", "autoreid"), *sys.argv[1:]])
+    return without_password(" ".join([*started, Path(sys.argv[0]).name.replace("__main__.py", "autoreid"), *sys.argv[1:]]))
+
+
+def without_password(text: str) -> str:
+    """URLs in a text without the passwords in them."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def processes() -> int:

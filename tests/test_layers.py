@@ -8,12 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "autoreid"
 LAYERS = [
     {"version", "errors", "options"},
-    {"genotype", "space", "runs", "recipe", "protocols"},
-    {"ops", "losses", "ranking", "rerank", "metrics", "cost", "data"},
+    {"genotype", "space", "runs", "recipe", "protocols", "parallel"},
+    {"ops", "losses", "ranking", "rerank", "metrics", "cost", "data", "tracking",
+     "averaging"},
     {"cell", "heads", "backbones", "augment", "pictures", "loading", "evaluate", "ranked", "swag"},
-    {"supernet", "network", "pretrained"},
+    {"supernet", "network", "pretrained", "studies"},
     {"search", "train"},
-    {"tune", "anytime", "compress", "export", "compare", "density"},
+    {"tune", "sweep", "anytime", "compress", "export", "compare", "density"},
     {"plots", "report", "nni_bridge"},
     {"demo"},
     {"cli", "__main__"},

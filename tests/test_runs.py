@@ -15,6 +15,7 @@ from autoreid.options import read_json
 from autoreid.runs import (
     Run,
     asked_to_stop,
+    command,
     environment,
     heeding_sigterm,
     key_of,
@@ -140,6 +141,11 @@ def test_the_environment_names_versions_commit_and_command():
     found = environment()
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
     assert {"python", "numpy", "processor", "cores", "commit", "command"} <= set(found)
+
+
+def test_no_password_is_recorded(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/autoreid", "tune", "--storage", "postgresql://me:secret@host:5432/db", "--seed", "1"])
+    assert command() == "autoreid tune --storage postgresql://me:***@host:5432/db --seed 1"
 
 
 def test_keys_do_not_depend_on_order():
