@@ -14,6 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +31,7 @@ COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "d
 PROTOCOL_NAMES = ("market1501, msmt17, cuhk03-np, cuhk03-classic, veri, vehicleid/test-800 (-1600, -2400, -3200, -6000, "
                   "-13164), vric, veri-wild, mars or plain")
 RESUMABLE = ("demo", "search", "retrain", "tune", "sweep")  # what SIGTERM stops with its state saved
+LISTS = 50  # as high as a picture can be
 JOINED = ("tune", "sweep")  # the same command goes on by itself
 GLOBAL_OPTIONS = ("-h", "--help", "--version")
 
@@ -43,6 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         """As argparse's, but an option this command does not have is named here, with the nearest it has."""
+        self._words = sys.argv[1:] if args is None else list(args)
         found, rest = super().parse_known_args(args, namespace)
         for word in rest:
             if word.startswith("-"):
@@ -50,6 +53,11 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
+        if "required" in message:  # an option with an optional value took what is missing
+            for option, value in pairwise(self._words):
+                action = self._option_string_actions.get(option)
+                if action is not None and action.nargs == "?" and not value.startswith("-"):
+                    message += f"; {option} took '{value}' for its value: put {option} last"
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
@@ -109,6 +117,10 @@ def _training(p: Parser) -> None:
                    help="any other field, repeated for several; a KEY that is none lists them all")
 
 
+def _protocol(p: Parser) -> None:
+    p.add_argument("--protocol", metavar="NAME", help=f"{PROTOCOL_NAMES}; default the tested dataset's own")
+
+
 def _evaluation(p: Parser) -> None:
     """What retrain's and evaluate's figures may differ in beside the views."""
     p.add_argument("--rerank", nargs="?", const="20,6,0.3", metavar="K1,K2,LAMBDA", help="k-reciprocal re-ranking, by "
@@ -118,7 +130,7 @@ def _evaluation(p: Parser) -> None:
     p.add_argument("--denominator", default="scored", metavar="NAME", help="of the means over queries: scored, or all "
                    "(a query without a match counts as zero)")
     p.add_argument("--frames", default="mean", metavar="NAME", help="a tracklet's feature over its frames': mean or max")
-    p.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read, and count them")
+    p.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read; they are named and counted")
 
 
 def _views(p: Parser, default: str) -> None:
@@ -130,6 +142,11 @@ def _views(p: Parser, default: str) -> None:
 def _cache(p: Parser) -> None:
     p.add_argument("--cache", metavar="DIR", help="keep decoded and resized pictures in a file here, shared by all runs; "
                    "default: in memory where they fit in 1 GiB")
+
+
+def _picture(p: Parser, text: str) -> None:
+    p.add_argument("--picture", metavar="FILE.png", help=text)
+    p.add_argument("--overwrite", action="store_true", help="replace the file at --picture")
 
 
 def _json(p: Parser) -> None:
@@ -186,6 +203,8 @@ def build_parser() -> Parser:
     p.add_argument("--match", metavar="GENOTYPE.json", help="build the model in the size of this searched one")
     p.add_argument("--name", help="what to call the result, instead of the model's name")
     p.add_argument("--test", metavar="NAME", help="evaluate on another dataset than the one that is trained on")
+    p.add_argument("--test-root", metavar="DIR", help="--root of the dataset of --test, where it is another")
+    _protocol(p)
     _views(p, "the recipe's, mostly 1")
     _evaluation(p)
     _cache(p)
@@ -197,16 +216,16 @@ def build_parser() -> Parser:
                 "autoreid evaluate results/market/resnet50-s0.safetensors --dataset market --root ~/data", evaluate)
     p.add_argument("weights", metavar="WEIGHTS", help="a .safetensors file that retrain wrote")
     _dataset(p)
-    p.add_argument("--protocol", metavar="NAME", help=f"{PROTOCOL_NAMES}; default the dataset's own")
+    _protocol(p)
     _views(p, "1")
     _evaluation(p)
     p.add_argument("--ranked", metavar="FILE.png", help="also draw ranked lists: green a match, red another identity, "
                    "grey junk")
-    p.add_argument("--queries", default="worst", metavar="worst|PATH,...", help="whose lists are drawn: those with the "
-                   "lowest average precision, or the queries whose path ends so")
+    p.add_argument("--queries", metavar="worst|PATH,...", help="whose lists are drawn: those with the lowest average "
+                   "precision, or the queries whose path ends so (FILE, FOLDER/FILE); default worst")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--out", metavar="FILE", help="also write the result JSON here")
-    p.add_argument("--overwrite", action="store_true", help="replace the file at --out")
+    p.add_argument("--overwrite", action="store_true", help="replace the files at --out and --ranked")
     _json(p)
 
     p = command("score", "CMC, mAP and mINP of features made by anything",
@@ -230,7 +249,7 @@ def build_parser() -> Parser:
                    help="an option that every named model has")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--no-latency", action="store_true", help="count only: nothing is run")
-    p.add_argument("--picture", metavar="FILE.png", help="also draw parameters against MACs")
+    _picture(p, "also draw parameters against MACs")
     _json(p)
 
     p = command("density", "the share of activations that are not zero, per residual group (SAFR, figures 3 and 4)",
@@ -242,7 +261,7 @@ def build_parser() -> Parser:
     p.add_argument("--input", type=size, metavar="HxW", help="picture size; default the weights' own, else 256x128")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="a model's option")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
-    p.add_argument("--picture", metavar="FILE.png", help="also draw the density over the depth")
+    _picture(p, "also draw the density over the depth")
     _json(p)
 
     p = command("tune", "tune the shared recipe with Optuna, judged by a panel of models on held-out training identities; "
@@ -312,13 +331,17 @@ def demo(args: argparse.Namespace) -> None:
 
 def check_data(args: argparse.Namespace) -> int:
     from autoreid import data
+    from autoreid.search import find_settings
 
     report = data.check(args.dataset, args.root)
     _figures(args, report, data.describe(report))
     if report["problems"]:
         say(f"autoreid: {_counted(len(report['problems']), 'problem')} in {args.dataset}, listed above with what to do")
         return 2
-    _next(f"autoreid search --dataset {args.dataset}{_root(args)}")
+    # a search halves the training identities, and each half must fill a batch
+    half = sum(count["identities"] for part, count in report["splits"].items() if part.split()[-1] == "train") // 2
+    fewer = f" --set identities={half}" if half < find_settings(_preset(args.dataset), {}).identities else ""
+    _next(f"autoreid search --dataset {args.dataset}{_root(args)}{fewer}" if half > 1 else "autoreid data --help")
     return 0
 
 
@@ -362,6 +385,9 @@ def retrain(args: argparse.Namespace) -> None:
     from autoreid.train import retrain as run_retrain
 
     _threads()
+    _known_protocol(args.protocol)
+    if args.test_root and not args.test:
+        raise UserError(f"--test-root {args.test_root}: there is no other dataset to test on; add --test NAME, or give --root")
     changes = _changes(args)
     for_recipe = {key: changes.pop(key) for key in list(changes) if key in Recipe.__dataclass_fields__}
     try:
@@ -372,8 +398,8 @@ def retrain(args: argparse.Namespace) -> None:
         raise
     recipe = find_recipe(args.recipe or _preset(args.dataset), for_recipe)
     path, result = run_retrain(
-        spec, args.dataset, recipe, args.out, root=args.root, test=args.test, seed=args.seed,
-        device=parallel.start(_device(args.device)), workers=args.workers, how=_how(args), init=args.init, cache=args.cache,
+        spec, args.dataset, recipe, args.out, root=args.root, test=args.test, test_root=args.test_root,
+        protocol=args.protocol, seed=args.seed, device=parallel.start(_device(args.device)), workers=args.workers, how=_how(args), init=args.init, cache=args.cache,
         resume=args.resume, overwrite=args.overwrite, name=args.name,
     )
     _figures(args, result, f"{_metrics_line(result)}\nresult in {path}")
@@ -382,32 +408,36 @@ def retrain(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from autoreid import data, parallel
-    from autoreid.metrics import PROTOCOLS
     from autoreid.network import ModelSpec, load_weights
-    from autoreid.runs import environment, write_json
-    from autoreid.train import measure
+    from autoreid.ranked import one_list
+    from autoreid.runs import write_json
+    from autoreid.train import again, measure
 
     _threads()
-    if args.protocol is not None and args.protocol not in PROTOCOLS:
-        raise unknown("protocol", args.protocol, PROTOCOLS)
-    if args.out and Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"{args.out} is there already: add --overwrite to replace it, or give another --out")
-    if args.ranked and not args.ranked.endswith(".png"):
-        raise UserError(f"--ranked {args.ranked}: give the name of a .png file")
+    _known_protocol(args.protocol)
+    _may_write("--out", args.out, args.overwrite)
+    _may_write("--ranked", args.ranked, args.overwrite, ".png")
+    if args.queries is not None and not args.ranked:
+        raise UserError(f"--queries {args.queries} says whose lists are drawn: add --ranked FILE.png, or leave it out")
     device, how = parallel.start(_device(args.device)), _how(args)
     net, metadata = load_weights(args.weights)
     spec = ModelSpec.from_dict(metadata["model"])
     splits, size = data.load(args.dataset, args.root, parts=("query", "gallery")), tuple(metadata["input"])
-    result = measure(net.to(device), spec, spec.label, splits, size, device=device, how=how,
-                     protocol=args.protocol)
-    result["split"] = f"{len(splits.query)} query, {len(splits.gallery)} gallery images"
-    result.update({"recipe": metadata["recipe"], "seed": metadata["seed"], "init": metadata["init"],
-                   "trained_on": metadata["dataset"], "environment": environment()})
+    chosen = None
+    if args.ranked:
+        one_list(args.protocol or splits.protocol)
+        chosen = _chosen(args.queries, splits.query)
+    origin = again(args.weights, metadata, splits)
+    for line in origin["warnings"]:
+        say(f"warning: {line}")
+    result, extracted = measure(net.to(device), spec, spec.label, splits, size, device=device, how=how,
+                                protocol=args.protocol)
+    result |= origin
     if args.out and parallel.is_first():
         write_json(args.out, result)
-    if args.ranked:
-        _draw_ranked(args, net, splits, size, device)
     _figures(args, result, _metrics_line(result))
+    if args.ranked and parallel.is_first():  # after the figures: nothing that goes wrong here can lose them
+        _draw_ranked(args, extracted, splits, chosen)
     _next(f"autoreid density {args.weights} --dataset {args.dataset}{_root(args)}")
 
 
@@ -416,10 +446,15 @@ def score(args: argparse.Namespace) -> None:
     from autoreid.metrics import score as run_score
 
     rerank = _numbers("--rerank", args.rerank, "K1,K2,LAMBDA as in 20,6,0.3", (int, int, float))
-    Evaluation(rerank=rerank, denominator=args.denominator).check(args.protocol)
-    metrics = run_score(args.query, args.gallery, args.protocol, args.metric, args.denominator, rerank).to_dict()
-    _figures(args, metrics, _metrics_line({**metrics, "queries": metrics}))
-    _next("autoreid search --help")
+    how = Evaluation(rerank=rerank, denominator=args.denominator)
+    rule = how.check(args.protocol)
+    metrics = run_score(args.query, args.gallery, rule, args.metric, args.denominator, rerank).to_dict()
+    figures = {**metrics, "metric": args.metric, "rerank": how.to_dict()["rerank"]}
+    _figures(args, figures, _metrics_line({**figures, "queries": metrics}))
+    changes = {"--protocol": args.protocol, "--metric": args.metric, "--denominator": args.denominator}
+    options = [word for option, value in changes.items() for word in (option, value)]
+    again = [] if args.rerank or rule.drawn else ["--rerank"]
+    _next(shlex.join(["autoreid", "score", args.query, args.gallery, *options, *again]) if again else "autoreid cost")
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -429,10 +464,8 @@ def cost(args: argparse.Namespace) -> None:
     from autoreid.options import split_pairs
 
     _threads()
-    device, rows = _device(args.device), []
-    if args.picture and not args.picture.endswith(".png"):
-        raise UserError(f"--picture {args.picture}: give the name of a .png file")
-    left_out = []
+    _may_write("--picture", args.picture, args.overwrite, ".png")
+    device, rows, left_out = _device(args.device), [], []
     for name in args.models or [n for n in known_models() if n not in ABLATIONS and not n.startswith("random-")]:
         try:
             spec = find_model(name, split_pairs(args.changes), args.match)
@@ -463,13 +496,13 @@ def cost(args: argparse.Namespace) -> None:
     height, width = args.input
     lines.append(f"one {height} x {width} picture, no classifier; MACs: convolutions, linear layers, products; FLOPs: "
                  "2 x MACs; all: MAC + bias + 2 per batch norm + 1 per ReLU element")
+    _figures(args, rows, "\n".join(lines))
     if args.picture:
         from autoreid.plots import costs as draw_costs
         from autoreid.plots import save
 
         save(draw_costs(rows), args.picture)
         say(f"picture: {args.picture}")
-    _figures(args, rows, "\n".join(lines))
     _next("autoreid retrain MODEL --dataset drawn-people")
 
 
@@ -482,8 +515,7 @@ def density(args: argparse.Namespace) -> None:
     from autoreid.plots import draw_density
 
     _threads()
-    if args.picture and not args.picture.endswith(".png"):
-        raise UserError(f"--picture {args.picture}: give the name of a .png file")
+    _may_write("--picture", args.picture, args.overwrite, ".png")
     if not args.images:
         raise UserError("--images 0: give at least 1")
     device, measured = _device(args.device), {}
@@ -502,12 +534,12 @@ def density(args: argparse.Namespace) -> None:
         measured[label] = {row.group: row.density for row in activation_density(net.to(device), batches)}
     lines = [f"{label}\n" + "\n".join(f"  {group:12} {100 * value:5.1f} %" for group, value in rows.items())
              for label, rows in measured.items()]
-    if args.picture:
-        draw_density(measured, args.picture)
-        say(f"picture: {args.picture}")
     lines.append(f"share of activations that are not zero, over {len(samples)} training images; 100 % where no ReLU ends a "
                  "group: hard-swish, GELU and batch norm make no zeros")
     _figures(args, measured, "\n".join(lines))
+    if args.picture:
+        draw_density(measured, args.picture)
+        say(f"picture: {args.picture}")
     _next("autoreid density WEIGHTS.safetensors --dataset NAME --picture density.png")
 
 
@@ -537,7 +569,6 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    from autoreid.studies import without_password
     from autoreid.sweep import Sweep, run, states
 
     _threads()
@@ -604,7 +635,8 @@ def _root(args: argparse.Namespace) -> str:
 def _metrics_line(result: dict[str, Any]) -> str:
     cmc, queries = result["cmc"], result["queries"]
     how = [result["protocol"], _counted(result["views"], "view")] if "views" in result else [result["protocol"]]
-    how += [name for name in ("rerank", "expand") if result.get(name)]
+    how += [result["metric"]] if "metric" in result else []
+    how += [f"{name} {','.join(map(str, result[name].values()))}" for name in ("rerank", "expand") if result.get(name)]
     if result["std"] is not None:
         std = result["std"]
         how.append(f"mean of {result['repeats']} draws of the gallery, mAP ± {100 * std['mAP']:.1f}, rank-1 ± "
@@ -641,32 +673,59 @@ def _numbers(option: str, text: str | None, example: str, kinds: Sequence[type])
         raise UserError(f"{option} {text}: give {example}") from None
 
 
-def _draw_ranked(args: argparse.Namespace, net: Any, splits: Any, size: tuple[int, int], device: str) -> None:
-    """Lists of the worst queries, or of those that the user names by the end of their path, as a picture."""
-    from autoreid import parallel
-    from autoreid.evaluate import extract
+def _known_protocol(name: str | None) -> None:
+    """Before a dataset is looked for."""
+    from autoreid.metrics import PROTOCOLS
+
+    if name is not None and name not in PROTOCOLS:
+        raise unknown("protocol", name, PROTOCOLS)
+
+
+def _may_write(option: str, path: str | None, overwrite: bool, ending: str = "") -> None:
+    """Before the work whose outcome the file is to hold."""
+    if path is None:
+        return
+    if not path.endswith(ending):
+        raise UserError(f"{option} {path}: give the name of a {ending} file")
+    if Path(path).is_dir():
+        raise UserError(f"{option} {path} is a folder: give the name of a file in it")
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} is there already: add --overwrite to replace it, or give another {option}")
+    there = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"{option} {path}: {there} is no folder that can be written to; give another {option}")
+
+
+def _chosen(names: str | None, queries: Sequence[Any]) -> list[Any] | None:
+    """The queries that the user names by the end of their path; None for the worst."""
+    if names in (None, "worst"):
+        return None
+    chosen: list[Any] = []
+    for name in names.split(","):  # type: ignore[union-attr]
+        end = os.path.normpath(name) if name else ""
+        found = [q for q in queries if name and f"{os.sep}{q.path}".endswith(end if os.path.isabs(end) else os.sep + end)]
+        if not found:
+            raise UserError(f"--queries {name}: no query's path ends so; the first query is {queries[0].path}")
+        chosen += found
+    if len(chosen) > LISTS:
+        raise UserError(f"--queries {names}: {len(chosen)} queries' paths end so, a picture has room for {LISTS}; give more "
+                        "of the path, as in FOLDER/FILE")
+    return chosen
+
+
+def _draw_ranked(args: argparse.Namespace, extracted: Any, splits: Any, chosen: list[Any] | None) -> None:
+    """Lists of the worst queries, or of the chosen ones, as a picture: in the ranking of which the figures are."""
     from autoreid.plots import ranked_lists as draw
     from autoreid.plots import save
     from autoreid.ranked import ranked_lists
 
-    chosen = None
-    if args.queries != "worst":
-        chosen = []
-        for name in args.queries.split(","):
-            found = [i for i, sample in enumerate(splits.query) if sample.path.endswith(name)]
-            if not found:
-                raise UserError(f"--queries {name}: no query's path ends so; the first query is {splits.query[0].path}")
-            chosen += found
-    sides = (splits.query, splits.gallery)
-    query, gallery = (extract(net, side, size, device, pooling=args.frames) for side in sides)
-    (asked, asking), (answered, answering) = (([s.identity for s in side], [s.camera for s in side]) for side in sides)
-    lists = ranked_lists(
-        query, asked, asking, gallery, answered, answering, args.protocol or splits.protocol, chosen
-    )
-    what = "the worst queries" if chosen is None else "chosen queries"
-    if not parallel.is_first():
-        return
-    save(draw(lists, splits.query, splits.gallery, f"{Path(args.weights).stem} on {splits.name}: {what}"), args.ranked)
+    place = {sample: i for i, sample in enumerate(extracted.asking)}  # a chosen one may be unreadable
+    lists = ranked_lists(**extracted.ranking(), queries=chosen and [place[s] for s in chosen if s in place])
+    if not lists:
+        raise UserError("--ranked: none of the chosen queries could be read, so there is no list to draw")
+    title = f"{Path(args.weights).stem} on {splits.name}: {'the worst' if chosen is None else 'chosen'} queries"
+    how = [f"{_counted(extracted.how.views, 'view')}", *(name for name in ("rerank", "expand") if getattr(extracted.how, name))]
+    save(draw(lists, extracted.asking, extracted.answering, f"{title} ({', '.join(how)})", splits.name_of), args.ranked)
     say(f"ranked lists: {args.ranked}")
 
 

@@ -33,25 +33,32 @@ REQUIRED = (
     "cmc", "flip", "rerank",
 )  # fmt: skip
 RETRAIN = "retrain one of them with the same {name}"
-EVALUATE = "evaluate one of them again with the same {name}"
+EVALUATE = ("evaluate one of them again with the same {name} (`autoreid evaluate WEIGHTS ... --out RESULT.json --overwrite` "
+            "writes its file anew)")
 # What must agree between rows, and what to do where it does not.
 SETTINGS = {
     "dataset": "compare the results of one dataset at a time",
+    "edition": "compare results on one edition",
+    "fingerprint": "they were tested on other lists of images: compare results on one copy of the data, or evaluate one of "
+                   "them again on the other's",
     "protocol": EVALUATE,
     "recipe": RETRAIN,
     "input": RETRAIN,
     "init": RETRAIN,
-    "flip": EVALUATE,
     "views": EVALUATE,
     "frames": EVALUATE,
     "expand": EVALUATE,
     "denominator": EVALUATE,
     "rerank": EVALUATE,
+    "unreadable": "copy the images again that one of them left out, and evaluate it again",
     "trained on": "compare models trained on one dataset",
+    "train_fingerprint": "they were trained on other lists of images: retrain one of them on the other's",
     "split": "check that both saw the same copy of the dataset and retrain one of them",
     "train epochs": RETRAIN,
 }
-OPTIONAL = ("split", "train epochs")  # compared where both results tell
+OPTIONAL = ("edition", "fingerprint", "train_fingerprint", "split", "train epochs")  # compared where both results tell
+SHOWN = ("dataset", "edition", "protocol", "recipe", "input", "init", "flip", "views", "frames", "rerank", "expand",
+         "denominator")  # as columns
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -142,11 +149,14 @@ def _settings(result: Result) -> dict[str, Any]:
     """The values that must agree between rows, by the names of ``SETTINGS``; input as "HxW"."""
     train = result.get("train") or {}
     values = {
-        **{name: result[name] for name in ("dataset", "protocol", "recipe", "init", "flip", "rerank")},
+        **{name: result[name] for name in ("dataset", "protocol", "recipe", "init", "flip")},
+        **{name: result.get(name) for name in ("edition", "fingerprint", "train_fingerprint")},
         "views": result.get("views") or 1 + bool(result["flip"]),  # older results only know the mirror image
         "frames": result.get("frames", "mean"),
-        "expand": result.get("expand"),
+        "rerank": result["rerank"] or False,  # None in newer results
+        "expand": result.get("expand") or False,
         "denominator": result.get("denominator", "scored"),
+        "unreadable": result.get("unreadable", 0),
         "input": "x".join(map(str, result["input"])),
         "trained on": result.get("trained_on") or result["dataset"],
         "split": result.get("split"),
@@ -182,8 +192,13 @@ def check_comparable(results: Sequence[Result]) -> None:
 
 def _standard(results: Sequence[Result]) -> dict[str, Any]:
     """The settings of most results (the first of equals): what the other rows are marked against."""
-    told = [tuple(_settings(result).items()) for result in results]
-    return dict(max(Counter(told).items(), key=lambda item: item[1])[0])
+    told = Counter(tuple(_settings(result).items()) for result in results)
+    standard = dict(max(told.items(), key=lambda item: item[1])[0])
+    for name in OPTIONAL:  # what most of them do not tell, the commonest among the others
+        values = Counter(value for result in results if (value := _settings(result)[name]) is not None)
+        if standard[name] is None and values:
+            standard[name] = max(values.items(), key=lambda item: item[1])[0]
+    return standard
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -193,8 +208,8 @@ def table(results: Sequence[Result], allow_mixed: bool = False) -> pd.DataFrame:
     Columns: model, genotype, seeds (how many), params, macs; mAP_mean and mAP_std, and so for rank1, rank5, rank10
     and mINP (fractions; sample standard deviation, NaN with one seed); latency_ms (median over seeds of the medians,
     NaN where not measured or measured on different things) and latency_on (device, batch and processor);
-    embedding_bytes (per image), train_seconds (mean over seeds), train_epochs; the settings dataset, protocol, recipe,
-    input "HxW", init, flip, rerank; and mixed: why the row is not comparable with the others, "" where it is.
+    embedding_bytes (per image), train_seconds (mean over seeds), train_epochs; the settings in ``SHOWN``, input as "HxW";
+    and mixed: why the row is not comparable with the others, "" where it is.
 
     Results whose settings differ are refused (:func:`check_comparable`), or with ``allow_mixed`` become rows of their
     own, marked against the settings most results have. Always refused: one seed twice in a row, and seeds of a row
@@ -235,7 +250,7 @@ def _row(group: Sequence[Result], ranks: Iterable[int], mixed: str) -> dict[str,
     seconds = [train["seconds"] for result in group if "seconds" in (train := result.get("train") or {})]
     row["train_seconds"] = float(statistics.mean(seconds)) if seconds else math.nan
     row["train_epochs"] = math.nan if settings["train epochs"] is None else settings["train epochs"]
-    row |= {name: settings[name] for name in ("dataset", "protocol", "recipe", "input", "init", "flip", "rerank")}
+    row |= {name: settings[name] for name in SHOWN} | {"edition": settings["edition"] or ""}
     return {**row, "mixed": mixed}
 
 
@@ -420,9 +435,10 @@ def notes(table: pd.DataFrame) -> list[str]:
     plain = table[table["mixed"] == ""]
     shown = plain.iloc[0] if len(plain) else table.iloc[0]
     conditions = ", ".join(f"{name} {shown[name]}" for name in ("protocol", "input", "init", "recipe"))
-    switches = ", ".join(f"{name} {'on' if shown[name] else 'off'}" for name in ("flip", "rerank"))
+    how = ", ".join(f"{name} {_constants(shown[name])}" for name in ("views", "frames", "rerank", "expand", "denominator"))
+    edition = f" ({shown['edition']})" if shown["edition"] else ""
     said = [
-        f"{shown['dataset']}: {conditions}, {switches}.",
+        f"{shown['dataset']}{edition}: {conditions}, {how}.",
         "Scores: mean ± sample standard deviation over seeds, in percent. MACs: multiply-accumulates of one image.",
         "Front (P by parameters, M by MACs, L by latency): no other row is as cheap and as good, and better in one.",
     ]
@@ -435,6 +451,17 @@ def notes(table: pd.DataFrame) -> list[str]:
     for _, row in table[table["mixed"] != ""].iterrows():
         said.append(f"* {row['model']} is not comparable: {row['mixed']}; it takes no part in the fronts.")
     return said
+
+
+def _constants(value: Any) -> str:
+    """A setting on screen; of several parts (held as JSON) all, and "off" where it is none.
+
+    >>> _constants('{"k1": 20, "k2": 6, "lambda": 0.3}'), _constants(False), _constants(10), _constants("mean")
+    ('k1=20 k2=6 lambda=0.3', 'off', '10', 'mean')
+    """
+    if isinstance(value, str) and value.startswith("{"):
+        return " ".join(f"{name}={part}" for name, part in json.loads(value).items())
+    return {"True": "on", "False": "off"}.get(str(value), str(value))
 
 
 def format_table(table: pd.DataFrame) -> str:

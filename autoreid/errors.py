@@ -21,6 +21,7 @@ def unknown(what: str, given: object, known: Iterable[str]) -> UserError:
     "unknown operation 'sep_conv3x3'; did you mean 'sep_conv_3x3'? known: none, sep_conv_3x3"
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(str(given), names, n=1)
-    hint = f" did you mean '{nearest[0]}'?" if nearest else ""
+    bare = {name.lstrip("-"): name for name in names}  # the dashes that all options have make none alike
+    nearest = difflib.get_close_matches(str(given).lstrip("-"), bare, n=1)
+    hint = f" did you mean '{bare[nearest[0]]}'?" if nearest else ""
     return UserError(f"unknown {what} '{given}';{hint} known: {', '.join(names)}")

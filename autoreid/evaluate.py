@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from autoreid import parallel
-from autoreid.data import Sample
+from autoreid.data import Sample, picture_numbers
 from autoreid.errors import UserError, unknown
 from autoreid.loading import enlarged, load_images, normalise
 from autoreid.metrics import DENOMINATORS, Protocol, RetrievalMetrics, find_protocol, retrieval_metrics
+from autoreid.protocols import Tags, find_draws, nothing_scored
 from autoreid.recipe import require_views
 from autoreid.rerank import check_expand, check_rerank, expand_queries
 from autoreid.runs import Preempted, asked_to_stop
@@ -58,7 +59,7 @@ class Evaluation:
         if rule.drawn and (self.rerank or self.expand):
             raise UserError(
                 f"protocol '{rule.name}' draws its gallery anew, and re-ranking or expansion would see all of it: leave "
-                "--rerank and --expand out, or use --protocol plain"
+                "--rerank and --expand out, or use --protocol plain, where the whole gallery answers"
             )
         if self.rerank is not None:
             check_rerank(*self.rerank)
@@ -245,6 +246,33 @@ def _load(
     return images, torch.tensor([number for number, _ in pictures], dtype=torch.int64), bad
 
 
+@dataclass(frozen=True)
+class Extracted:
+    """Query and gallery as a network sees them: what the figures and the ranked lists are both made of."""
+
+    query: Tensor  # N x D, expanded where that is asked for
+    gallery: Tensor  # M x D
+    asking: Sequence[Sample]  # whose the features are: all that could be read
+    answering: Sequence[Sample]
+    unreadable: Sequence[str]  # the paths left out
+    lost: int  # how many queries that cost
+    rule: Protocol
+    how: Evaluation
+
+    def ranking(self) -> dict[str, Any]:
+        """What is ranked and how, as ``metrics.retrieval_metrics`` and ``ranked.ranked_lists`` take it."""
+        return {
+            "query_features": self.query, "gallery_features": self.gallery, **_names(self.asking, self.answering, self.rule),
+            "protocol": self.rule, "rerank": self.how.rerank,
+        }
+
+    def metrics(self, metric: str = "euclidean") -> RetrievalMetrics:
+        found = parallel.from_first(lambda: retrieval_metrics(
+            **self.ranking(), metric=metric, denominator=self.how.denominator, lost=self.lost
+        ))
+        return dataclasses.replace(found, unreadable=len(self.unreadable))
+
+
 def evaluate(
     net: nn.Module,
     query: Sequence[Sample],
@@ -255,38 +283,66 @@ def evaluate(
     device: str | torch.device = "cpu",
     how: Evaluation = USUAL,
 ) -> RetrievalMetrics:
-    """Metrics of the network on query against gallery; size = (H, W).
+    """Metrics of the network on query against gallery; size = (H, W)."""
+    return extract_both(net, query, gallery, size, protocol, device, how).metrics(metric)
 
-    Where query and gallery are one list, its features are extracted once.
+
+def extract_both(
+    net: nn.Module,
+    query: Sequence[Sample],
+    gallery: Sequence[Sample],
+    size: tuple[int, int],
+    protocol: str | Protocol = "market1501",
+    device: str | torch.device = "cpu",
+    how: Evaluation = USUAL,
+) -> Extracted:
+    """What is to be ranked; where query and gallery are one list, its features are extracted once.
+
+    All that names alone can tell is checked first: see :func:`check_task`.
     """
-    rule = how.check(protocol)
+    rule = check_task(query, gallery, protocol, how)
     one_list = query is gallery or list(query) == list(gallery)
-    if not (rule.remove_same_camera or rule.one_per_identity):
-        _require_apart(query, gallery, rule)
-    sides, unreadable = [], 0
+    sides, unreadable = [], []
     for samples in [query] if one_list else [query, gallery]:
         features, kept, bad = _extract(net, samples, size, device, 128, how.views, how.frames, how.skip_unreadable)
-        sides.append((features.to(device), [s.identity for s in kept], [s.camera for s in kept]))
-        unreadable += len(bad)
-    (asking, *asked), (answering, *answered) = sides[0], sides[-1]
+        sides.append((features.to(device), kept))
+        unreadable += bad
+    (asking, asked), (answering, answered) = sides[0], sides[-1]
     if how.expand is not None:
-        asking = torch.from_numpy(expand_queries(asking, answering, *how.expand))
+        asking = torch.from_numpy(expand_queries(asking, answering, *how.expand)).to(device)
         answering = torch.nn.functional.normalize(answering, dim=1)  # the new queries are of length one
-    metrics = parallel.from_first(lambda: retrieval_metrics(
-        asking, asked[0], asked[1], answering, answered[0], answered[1], protocol=rule, metric=metric,
-        denominator=how.denominator, rerank=how.rerank,
-    ))
-    return dataclasses.replace(metrics, unreadable=unreadable)
+    lost = _asking(query, rule) - _asking(asked, rule)
+    return Extracted(asking, answering, asked, answered, unreadable, lost, rule, how)
 
 
-def _require_apart(query: Sequence[Sample], gallery: Sequence[Sample], protocol: Protocol) -> None:
-    """Nothing would take a query's own picture out of its ranking, where it would come first."""
-    shared = {s.path for s in query} & {s.path for s in gallery}
-    if shared:
-        raise UserError(
-            f"{len(shared)} pictures are query and gallery at once, the first is {min(shared)}, and protocol "
-            f"'{protocol.name}' would find each at the first place; take them out of the gallery"
-        )
+def check_task(
+    query: Sequence[Sample], gallery: Sequence[Sample], protocol: str | Protocol, how: Evaluation = USUAL
+) -> Protocol:
+    """The protocol of that name. Raises what an evaluation would find wrong without a look at the images, in its words:
+    see :meth:`Evaluation.check`; cameras missing, no query with a match in the gallery."""
+    rule = how.check(protocol)
+    names = _names(query, gallery, rule)
+    ours, theirs = names.pop("pictures") or (None, None)
+    tags = (Tags.of(names["query_identities"], names["query_cameras"], None, "query", ours),
+            Tags.of(names["gallery_identities"], names["gallery_cameras"], None, "gallery", theirs))
+    if not any(len(part.matches.scored()) for part in find_draws(*tags, rule)[0]):
+        raise nothing_scored(*tags, rule)
+    return rule
+
+
+def _names(query: Sequence[Sample], gallery: Sequence[Sample], rule: Protocol) -> dict[str, Any]:
+    """Who is seen by which camera, and where no camera leaves a query's own picture out of its ranking, which is which."""
+    return {
+        "query_identities": [s.identity for s in query], "query_cameras": [s.camera for s in query],
+        "gallery_identities": [s.identity for s in gallery], "gallery_cameras": [s.camera for s in gallery],
+        "pictures": None if rule.remove_same_camera or rule.one_per_identity else picture_numbers(query, gallery),
+    }
+
+
+def _asking(samples: Sequence[Sample], rule: Protocol) -> int:
+    """How many of the query side ask; of one list an image of each identity answers instead."""
+    answer = {s.identity for s in samples} - set(rule.drop_identities) if rule.one_per_identity else ()
+    return len(samples) - len(answer)
 
 
 def without_cameras(samples: Sequence[Sample]) -> bool:

@@ -8,7 +8,6 @@ positives, which ``autoreid.ranking`` finds; who is a positive, ``autoreid.proto
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,7 @@ class RetrievalMetrics:
     code, the mean of the precisions just before and at each hit (never the larger); ``mINP`` the number of matches
     over the rank of the last one; ``cmc[k]`` the share of queries with a match among the first k.
 
-    ``scored`` of ``total`` queries have a match in the gallery (of one draw; all draws together where they differ).
+    ``scored`` of ``total`` queries have features and a match in the gallery (of one draw; all together where they differ).
     ``denominator`` "scored" leaves the others out of the means, as torchreid and fast-reid do; "all" counts each as
     zero, as the MATLAB code does. ``std`` holds the standard deviations (n - 1) over the draws; None without draws.
     """
@@ -80,12 +79,15 @@ def retrieval_metrics(
     memory: int = MEMORY,
     denominator: str = "scored",
     rerank: tuple[int, int, float] | None = None,
+    pictures: tuple[Any, Any] | None = None,
+    lost: int = 0,
 ) -> RetrievalMetrics:
     """Score a ranking of the gallery (M x D) for each query (N x D); numpy arrays or tensors on any device.
 
     Identities and cameras are N and M integers; cameras may be None where the protocol does not use them. Blocks of
     distances take ``memory`` bytes whatever N and M; features that are not float32 are also copied once as such.
-    ``rerank`` (k1, k2, lambda) ranks by ``rerank.reranked_blocks`` instead.
+    ``rerank`` (k1, k2, lambda) ranks by ``rerank.reranked_blocks`` instead. ``pictures``, N and M integers: see
+    ``protocols.Tags``. ``lost`` queries have no features (an image that cannot be read) and count in ``total`` alone.
     Raises UserError: unknown protocol, metric or denominator, shapes that do not fit, numbers that are not finite, no
     query with a match.
     """
@@ -98,20 +100,20 @@ def retrieval_metrics(
             f"query features have {query.single.shape[1]} dimensions and gallery features {gallery.single.shape[1]}; "
             "both must come from the same network"
         )
+    ours, theirs = pictures or (None, None)
+    query_tags = Tags.of(query_identities, query_cameras, len(query.single), "query", ours)
+    gallery_tags = Tags.of(gallery_identities, gallery_cameras, len(gallery.single), "gallery", theirs)
     if rerank is not None:
         blocks = reranked_blocks(query.given, gallery.given, *rerank, metric=metric, memory=memory)
-        tags = query_identities, query_cameras, gallery_identities, gallery_cameras
-        return metrics_from_blocks(blocks, *tags, protocol=rule, denominator=denominator)
+        return _from_blocks(blocks, query_tags, gallery_tags, rule, denominator, lost)
     gallery = gallery.to(query.single.device)
-    query_tags = Tags.of(query_identities, query_cameras, len(query.single), "query")
-    gallery_tags = Tags.of(gallery_identities, gallery_cameras, len(gallery.single), "gallery")
     if rule.one_per_identity and not torch.equal(query.single, gallery.single):
         raise not_one_list(rule)
     ranks = [
         [rank for part in draw for rank in ranks_of_features(query, gallery, metric, part, memory)]
         for draw in find_draws(query_tags, gallery_tags, rule)
     ]
-    return _mean_over_draws(ranks, query_tags, gallery_tags, rule, denominator)
+    return _mean_over_draws(ranks, query_tags, gallery_tags, rule, denominator, lost)
 
 
 def metrics_from_blocks(
@@ -130,6 +132,12 @@ def metrics_from_blocks(
     rule = _check(protocol, denominator)
     query_tags = Tags.of(query_identities, query_cameras, None, "query")
     gallery_tags = Tags.of(gallery_identities, gallery_cameras, None, "gallery")
+    return _from_blocks(blocks, query_tags, gallery_tags, rule, denominator)
+
+
+def _from_blocks(
+    blocks: Iterable[tuple[int, Any]], query_tags: Tags, gallery_tags: Tags, rule: Protocol, denominator: str, lost: int = 0
+) -> RetrievalMetrics:
     draws = find_draws(query_tags, gallery_tags, rule)
     ranks: list[list[np.ndarray]] = [[] for _ in draws]
     times_seen = np.zeros(query_tags.total, int)
@@ -150,7 +158,7 @@ def metrics_from_blocks(
             f"query {q} of {query_tags.total} has {times_seen[q]} rows of distances, must have 1; give each query's "
             "distances once"
         )
-    return _mean_over_draws(ranks, query_tags, gallery_tags, rule, denominator)
+    return _mean_over_draws(ranks, query_tags, gallery_tags, rule, denominator, lost)
 
 
 def metrics_from_distances(
@@ -196,12 +204,12 @@ def _block(given: Any, start: int, queries: int, gallery: int) -> np.ndarray:
 
 
 def _mean_over_draws(
-    ranks: Sequence[Sequence[np.ndarray]], query: Tags, gallery: Tags, protocol: Protocol, denominator: str
+    ranks: Sequence[Sequence[np.ndarray]], query: Tags, gallery: Tags, protocol: Protocol, denominator: str, lost: int
 ) -> RetrievalMetrics:
     """The metrics from each draw's list of ascending ranks, one array per scored query."""
     if not ranks[0]:  # who has a match does not depend on the draw
         raise nothing_scored(query, gallery, protocol)
-    total, scored = query.total, len(ranks[0])
+    total, scored = query.total + lost, len(ranks[0])
     if protocol.one_per_identity:  # what is drawn does not ask
         total -= len(np.setdiff1d(query.identities, protocol.drop_identities))
     draws = np.array([_from_ranks(found, total if denominator == "all" else scored) for found in ranks])
@@ -259,6 +267,10 @@ def score(
                 cure = "store it, or use --protocol plain to ignore cameras" if name == "cameras" else "store it"
                 held = ", ".join(sorted(stored)) or "nothing"
                 raise UserError(f"{path} has no array '{name}' (it holds {held}); {cure}")
+            if name != "features" and (kind := stored[name].dtype).kind not in "iu":
+                cure = (f"store them by {name}.astype(int)" if kind.kind == "f" else
+                        "number them from 1 on, alike in both files")
+                raise UserError(f"{path}: {name} are of {kind}, must be integers; {cure}")
         sides.append((stored["features"], stored["identities"], stored.get("cameras")))
     return retrieval_metrics(*sides[0], *sides[1], protocol=rule, metric=metric, denominator=denominator, rerank=rerank)
 
@@ -270,5 +282,5 @@ def _read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what is damaged shows itself as zlib's, lzma's, zipfile's, numpy's, ...
         raise UserError(f"{path} cannot be read as arrays of numbers; give {wanted}") from error

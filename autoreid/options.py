@@ -69,7 +69,7 @@ def read_json(path: str | Path, what: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such {what} file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors write a byte order mark
     except (json.JSONDecodeError, UnicodeDecodeError) as fault:
         raise UserError(f"{path}: not valid JSON ({fault})") from None
 

@@ -8,7 +8,6 @@ decoded again, and nothing but the file's creation needs a lock. Its name says w
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import mmap
@@ -18,7 +17,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -28,6 +27,12 @@ from torch import Tensor
 
 from autoreid.data import Sample
 from autoreid.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+    import msvcrt
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow says of bad files
 PAGE = 4096
@@ -191,7 +196,7 @@ def _in_file(folder: Path, paths: Sequence[str], size: tuple[int, int]) -> _Stor
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the block ends, or the process
+            _lock(lock)  # until the block ends, or the process
             if not _is_whole(file, header, start + math.prod(shape)):
                 _create(file, header, start + math.prod(shape))
         pixels = np.memmap(file, np.uint8, "r+", start, shape)
@@ -202,6 +207,15 @@ def _in_file(folder: Path, paths: Sequence[str], size: tuple[int, int]) -> _Stor
             f"cache folder {folder} cannot be used: {error.strerror or error}; give --cache a folder that can be written, "
             "or leave it out"
         ) from error
+
+
+def _lock(file: IO[str]) -> None:
+    """Wait until no other process has it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    else:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]  # tries for ten seconds
 
 
 def _key(paths: Sequence[str], size: tuple[int, int]) -> str:

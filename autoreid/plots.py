@@ -28,6 +28,7 @@ from PIL import Image
 
 from autoreid.data import Sample
 from autoreid.genotype import Genotype, Node
+from autoreid.options import read_json
 from autoreid.ranked import RankedList
 from autoreid.runs import write_bytes
 
@@ -525,14 +526,93 @@ def draw_density(rows_by_model: Mapping[str, Mapping[str, float]], path: str | P
     return figure
 
 
+# ---------------------------------------------------------------------------------------- studies
+def tune_history(trials: Sequence[Mapping[str, Any]], title: str = "Trials of the study") -> Figure:
+    """The value of each trial over its number, and the best so far as a step line. ``trials``: the rows of study.json.
+
+    References carry their names; a pruned trial stands at its last report, one that failed at the foot.
+    """
+    figure = _figure(9, 5, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.set_xlabel("trial", fontsize=10.5)
+    axes.set_ylabel("value: mean rank-normalised mAP of the panel, 0 to 1", fontsize=10.5)
+    best = [(row["number"], row["best_value"]) for row in trials if row["best_value"] is not None]
+    if best:
+        x, y = zip(*best, strict=True)
+        axes.step(x, y, where="post", color=FRONT, linewidth=1.6, alpha=0.5, gid="front", label="best so far")
+    kinds: dict[str, tuple[str, dict[str, Any], list[tuple[int, float]]]] = {
+        "reference": ("D", {"color": FRONT}, [(row["number"], row["value"]) for row in trials
+                                              if row["reference"] and row["value"] is not None]),
+        "finished": ("o", {"color": COLOURS[0]}, [(row["number"], row["value"]) for row in trials
+                                                  if not row["reference"] and row["value"] is not None]),
+        "pruned, at its last report": ("o", {"facecolors": "none", "edgecolors": GREY}, [
+            (row["number"], row["steps"][-1]) for row in trials if row["state"] == "pruned" and row["steps"]]),
+        "failed": ("x", {"color": GREY}, [(row["number"], 0.0) for row in trials if row["state"] == "failed"]),
+    }
+    for name, (marker, colours, points) in kinds.items():
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, marker=marker, s=36, zorder=3, label=name, **colours)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.set_xlim(-1, max((row["number"] for row in trials), default=0) + 1)
+    axes.grid(alpha=0.25, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=9.5, frameon=False)
+    _place(figure, axes, [(row["number"], row["value"], 0.0, row["reference"], True) for row in trials
+                          if row["reference"] and row["value"] is not None])
+    return figure
+
+
+def tune_importance(shares: Mapping[str, float], title: str = "What sets the best quarter of the trials apart") -> Figure:
+    """A bar for each parameter, the most important one on top; shares of 1 together."""
+    figure = _figure(7, max(2.2, 0.3 * len(shares) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not shares:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "too few finished trials to tell", transform=axes.transAxes, ha="center", color=GREY)
+        return figure
+    bars = axes.barh(list(shares), [100 * share for share in shares.values()], color=COLOURS[0], height=0.7)
+    axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=9, color="#444444")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("importance (%), PED-ANOVA", fontsize=10.5)
+    axes.grid(alpha=0.25, linewidth=0.7, axis="x")
+    axes.set_axisbelow(True)
+    return figure
+
+
+def draw_study(folder: str | Path) -> list[Path]:
+    """Draw what study.json in ``folder`` tells: tune-history.png and tune-importance.png; the paths written."""
+    folder = Path(folder)
+    found = read_json(folder / "study.json", "study")
+    counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items() if number)
+    pictures = {
+        "tune-history.png": tune_history(found["trials"], f"Study {found['study']}: {counts}"),
+        "tune-importance.png": tune_importance(found["importance"]),
+    }
+    for name, figure in pictures.items():
+        save(figure, folder / name)
+    return [folder / name for name in pictures]
+
+
 FRAMES = {"match": "#15803d", "wrong": "#b91c1c", "junk": "#a3a3a3"}
 
 
-def ranked_lists(lists: Sequence[RankedList], query: Sequence[Sample], gallery: Sequence[Sample], title: str) -> Figure:
-    """A row per query: its picture, then what the gallery answers first. Green frame: a match; red: another identity; grey
-    and pale: junk, which has no rank (the query's own camera, or nobody)."""
+def ranked_lists(
+    lists: Sequence[RankedList],
+    query: Sequence[Sample],
+    gallery: Sequence[Sample],
+    title: str,
+    name_of: Callable[[int], str] = str,
+) -> Figure:
+    """A row per query: its picture, the end of its path and its identity as ``name_of`` has it, then what the gallery
+    answers first. Green frame: a match; red: another identity; grey and pale: junk, which has no rank (the query's own
+    camera or picture, or nobody)."""
     depth = max(len(ranked.gallery) for ranked in lists)
-    figure = _figure(1.05 * (depth + 1) + 0.4, 2.3 * len(lists) + 0.6, layout="constrained")
+    figure = _figure(1.05 * (depth + 1) + 0.6, 2.3 * len(lists) + 0.6, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     grid = figure.subplots(len(lists), depth + 1, squeeze=False)
     for row, ranked in zip(grid, lists, strict=True):
@@ -540,7 +620,8 @@ def ranked_lists(lists: Sequence[RankedList], query: Sequence[Sample], gallery: 
             axes.axis("off")
         asked = query[ranked.query]
         said = "not scored" if ranked.average_precision is None else f"AP {100 * ranked.average_precision:.0f} %"
-        _picture(row[0], asked.path, INK, 1.0, f"query {ranked.query}\n{said}")
+        _picture(row[0], asked.path, INK, 1.0, f"{name_of(asked.identity)}\n{said}")
+        row[0].set_ylabel("/".join(Path(asked.path).parts[-2:]), fontsize=7)
         rank = 0
         for axes, i, kind, distance in zip(row[1:], ranked.gallery, ranked.kinds, ranked.distances, strict=False):
             rank += kind != "junk"

@@ -68,19 +68,25 @@ def find_protocol(protocol: str | Protocol) -> Protocol:
 
 
 class Tags(NamedTuple):
-    """Whom the images of one side show, and which camera took them."""
+    """Whom the images of one side show, and which camera took them.
+
+    ``pictures`` (``data.picture_numbers``) has one number on both sides where a query lies in the gallery too. A rule
+    that looks at cameras needs none: a picture's own camera leaves it out of its ranking.
+    """
 
     identities: np.ndarray
     cameras: np.ndarray | None
+    pictures: np.ndarray | None = None
 
     @classmethod
-    def of(cls, identities: Any, cameras: Any, count: int | None, side: str) -> Tags:
+    def of(cls, identities: Any, cameras: Any, count: int | None, side: str, pictures: Any = None) -> Tags:
         """From anything array-like; ``count`` feature rows where they are known. Raises UserError if not integers."""
         ids = _integers(identities, count, side, "identities")
-        return cls(ids, None if cameras is None else _integers(cameras, len(ids), side, "cameras"))
+        given = {"cameras": cameras, "pictures": pictures}
+        return cls(ids, *(None if v is None else _integers(v, len(ids), side, what) for what, v in given.items()))
 
     def take(self, index: np.ndarray) -> Tags:
-        return Tags(self.identities[index], None if self.cameras is None else self.cameras[index])
+        return Tags(*(None if values is None else values[index] for values in self))
 
     @property
     def total(self) -> int:
@@ -98,7 +104,10 @@ def _integers(values: Any, count: int | None, side: str, what: str) -> np.ndarra
         )
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) != (len(array) if count is None else count):
         number = "integers" if count is None else f"{count} integers"
-        raise UserError(f"{side} {what} must be {number}, one per feature row, got shape {array.shape} of {array.dtype}")
+        cure = f"; store them as {what}.astype('int64')" if array.dtype.kind == "f" else ""
+        raise UserError(
+            f"{side} {what} must be {number}, one per feature row, got shape {array.shape} of {array.dtype}{cure}"
+        )
     return array.astype(np.int64)
 
 
@@ -127,6 +136,8 @@ def find_matches(query: Tags, gallery: Tags, protocol: Protocol) -> Matches:
     """Positives and junk of every query in this gallery. Raises UserError where the rule needs cameras and has none."""
     if protocol.remove_same_camera:
         query_cams, gallery_cams = _cameras(query, protocol), _cameras(gallery, protocol)
+    elif query.pictures is not None and gallery.pictures is not None:  # a picture's only camera is itself
+        query_cams, gallery_cams = query.pictures, gallery.pictures
     else:  # as if no image were from the query's camera
         query_cams, gallery_cams = np.ones(query.total, int), np.zeros(gallery.total, int)
     # Dense numbers, so that identity and camera fit in one sortable key whatever the user's numbers are.
@@ -149,6 +160,25 @@ def _cameras(tags: Tags, protocol: Protocol) -> np.ndarray:
     if tags.cameras is None:
         raise UserError(f"protocol '{protocol.name}' needs cameras; give them, or use --protocol plain")
     return tags.cameras
+
+
+def one_camera(query: Tags, gallery: Tags, protocol: Protocol) -> str:
+    """A line where one camera took every answer and that leaves some queries without a match, else nothing.
+
+    To be said also of figures that could be computed: they are of the other queries alone.
+    """
+    if not protocol.remove_same_camera:
+        return ""
+    answers = np.isin(gallery.identities, query.identities) & ~np.isin(gallery.identities, protocol.drop_identities)
+    cameras = np.unique(_cameras(gallery, protocol)[answers])
+    if len(cameras) != 1:
+        return ""
+    lost = int((np.isin(query.identities, gallery.identities[answers]) & (_cameras(query, protocol) == cameras[0])).sum())
+    return "" if not lost else (
+        f"every gallery image of the queries' identities has camera {cameras[0]}, and protocol '{protocol.name}' leaves out "
+        f"what the query's own camera took, so {lost} of {query.total} queries cannot be scored; give the true cameras, or "
+        "use --protocol plain to ignore them"
+    )
 
 
 class Part(NamedTuple):
@@ -219,13 +249,13 @@ def nothing_scored(query: Tags, gallery: Tags, protocol: Protocol) -> UserError:
             f"{nobody}a second image of its identity, so nothing can be scored; give a list with at least two images of "
             "some identity"
         )
-    cameras = np.unique(np.concatenate([_cameras(query, protocol), _cameras(gallery, protocol)]))
-    if len(cameras) == 1:
+    if not protocol.remove_same_camera:
         return UserError(
-            f"every query and gallery image has camera {cameras[0]}, and protocol '{protocol.name}' leaves out what the "
-            "query's own camera took, so nothing can be scored; give the true cameras, or use --protocol plain to "
-            "ignore them"
+            f"{nobody}a gallery image of its identity beside itself, so nothing can be scored; give at least two images of "
+            "some identity"
         )
+    if line := one_camera(query, gallery, protocol):
+        return UserError(line)
     return UserError(
         f"{nobody}a gallery image of its identity from another camera, so nothing can be scored; give the true cameras, "
         "or use --protocol plain to ignore them"

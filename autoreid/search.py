@@ -6,6 +6,10 @@
 
 D_train and D_val are two halves of the *training* identities; query and gallery are not even opened. What is easy to
 get wrong is decided in :class:`SearchSettings` and in the step functions, each with its source.
+
+With several processes (``autoreid.parallel``) each has its identities of every batch. Whatever is stepped with or read
+is averaged over them first, so weights and alphas stay the same on all, bit for bit; GDAS' noise comes from generators
+in one state, so all draw the same operations. Running statistics are each process's own: the first's are validated.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoreid import parallel
 from autoreid.data import Sample
 from autoreid.errors import UserError, unknown
 from autoreid.evaluate import evaluate, held_out_split, without_cameras
@@ -27,9 +33,20 @@ from autoreid.genotype import Genotype
 from autoreid.loading import SPLITS, Augment, PKSampler, TrainLoader, relabel, split_for_search
 from autoreid.losses import batch_hard_triplet
 from autoreid.options import changed, read_json, require, require_ranges
-from autoreid.runs import Run, peak_memory_bytes, progress, rows_up_to, say, write_json, write_text
+from autoreid.runs import (
+    Preempted,
+    Run,
+    asked_to_stop,
+    peak_memory_bytes,
+    progress,
+    rows_up_to,
+    say,
+    write_json,
+    write_text,
+)
 from autoreid.space import SearchSpace
 from autoreid.supernet import KINDS, EdgeWeights, Supernet
+from autoreid.tracking import Curves
 
 ARCH_LOSSES = ("triplet", "retrieval", "ce")
 Batch = tuple[Tensor, Tensor]  # images B x 3 x H x W, labels B
@@ -50,6 +67,12 @@ class SearchSettings:
     - ``alpha_beta1`` .5 is DARTS'; ``clip`` 5 too (its training is unstable without; 0 means none).
     - ``tau`` falls linearly per epoch and reaches ``tau_min`` in the last one, as in the GDAS code.
     - ``identities`` x ``images``: the paper gives the batch, 16, and a class-balanced sampler, not its numbers.
+
+    For several processes, whose batch together this is; one process reads neither:
+
+    - ``sync_bn`` False: a batch norm sees its process's images only, as is usual. True makes the search that of one
+      process, but for rounding, at two messages per norm and pass: a supernet has a norm for every operation.
+    - ``gather`` True: triplets are formed in the whole batch; False: in each process's part.
     """
 
     method: str = "darts"
@@ -84,6 +107,8 @@ class SearchSettings:
     pad: int = 10
     erase: float = 0.0
     eval_every: int = 1
+    sync_bn: bool = field(default=False, metadata={"later": True})
+    gather: bool = field(default=True, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -138,6 +163,9 @@ def search_data(
     samples: Sequence[Sample], settings: SearchSettings, seed: int, workers: int = 0, cache: str | None = None
 ) -> SearchData:
     """Split the training samples in two (algorithm 1, line 1) and make a class-balanced loader of each half."""
+    processes = parallel.processes()
+    require(settings.gather or settings.identities >= 2 * processes, "identities", settings.identities,
+            f"{2 * processes} or more for {processes} processes with gather=false: a triplet needs a negative")
     train, val = split_for_search(samples, settings.split, seed)
     labels, identities = relabel(train)
     if settings.split == "image":  # the same identities on both sides: one numbering, so that the classifier fits
@@ -150,7 +178,8 @@ def search_data(
 
     def loader(half: Sequence[Sample], half_labels: Sequence[int], salt: int) -> TrainLoader:
         sampler = PKSampler(half_labels, settings.identities, settings.images, seed=seed * 2 + salt)
-        return TrainLoader(half, half_labels, settings.input, sampler, augment, seed * 2 + salt, workers, cache=cache)
+        return TrainLoader(half, half_labels, settings.input, sampler, augment, seed * 2 + salt, workers, cache=cache,
+                           rank=parallel.rank(), processes=processes)
 
     query, gallery = held_out_split(val)
     if not query:
@@ -188,6 +217,10 @@ class Searcher:
         self.classifier = nn.Sequential(  # f -> (g) -> h with dropout between, section 3.2
             nn.Dropout(settings.dropout), *embedding, nn.Linear(width, identities)
         ).to(device)
+        if settings.sync_bn and parallel.processes() > 1:
+            parallel.synchronised(self.net, device)
+        parallel.broadcast_(self.net)
+        parallel.broadcast_(self.classifier)
         self.weights = [*self.net.weight_parameters(), *self.classifier.parameters()]
         self.weight_optimizer = torch.optim.SGD(
             self.weights, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -196,8 +229,10 @@ class Searcher:
             self.net.arch_parameters(), settings.alpha_lr, betas=(settings.alpha_beta1, 0.999),
             weight_decay=settings.alpha_weight_decay,
         )
-        self.generator = torch.Generator().manual_seed(seed + 1)
+        self.generator = torch.Generator().manual_seed(seed + 1)  # GDAS': the same on all processes
         self.tau = settings.tau_max
+        if parallel.processes() > 1:
+            torch.manual_seed(seed + 10_007 * parallel.rank())  # each process drops other units
 
     def schedule(self, epoch: int) -> None:
         """Set the learning rates and the temperature of ``epoch`` (from 0): functions of the epoch, no state."""
@@ -216,12 +251,14 @@ class Searcher:
         return self.net.softmax_weights(detach)
 
     def state(self) -> dict[str, Any]:
+        """Tensors and plain values. To be called by every process: each has a random state of its own."""
+        cuda = self.device.type == "cuda"
         return {
             "net": self.net.state_dict(), "classifier": self.classifier.state_dict(),
             "weight_optimizer": self.weight_optimizer.state_dict(),
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
-            "generator": self.generator.get_state(), "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "generator": self.generator.get_state(), "rng": parallel.gather_objects(torch.get_rng_state()),
+            "cuda_rng": parallel.gather_objects(torch.cuda.get_rng_state(self.device) if cuda else None),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -230,20 +267,30 @@ class Searcher:
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.set_rng_state(state["rng"][parallel.rank()])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"][parallel.rank()], self.device)
 
 
 # ---------------------------------------------------------------------------------------- losses and steps
 def retrieval_loss(searcher: Searcher, batch: Batch, edges: EdgeWeights) -> tuple[Tensor, ...]:
-    """Eq. 5 and its two terms on one batch: (lambda * L_s + (1 - lambda) * L_t, L_s, L_t)."""
+    """Eq. 5 and its two terms on one batch: (lambda * L_s + (1 - lambda) * L_t, L_s, L_t).
+
+    Of several processes L_s is each one's own: the mean over processes is that of the whole batch.
+    """
     images, labels = (part.to(searcher.device, non_blocking=True) for part in batch)
     features = searcher.net(images, edges)  # f, B x dims
     ce = nn.functional.cross_entropy(searcher.classifier(features), labels)
-    triplet = batch_hard_triplet(features, labels, searcher.settings.margin)
+    triplet = triplet_loss(searcher, features, labels)
     lam = searcher.settings.ce_weight
     return lam * ce + (1 - lam) * triplet, ce, triplet
+
+
+def triplet_loss(searcher: Searcher, features: Tensor, labels: Tensor) -> Tensor:
+    """Of all processes' features together, unless ``gather`` is off."""
+    if searcher.settings.gather:
+        features, labels = parallel.gather(features), parallel.gather(labels)
+    return batch_hard_triplet(features, labels, searcher.settings.margin)
 
 
 def architecture_loss(searcher: Searcher, batch: Batch) -> Tensor:
@@ -251,26 +298,29 @@ def architecture_loss(searcher: Searcher, batch: Batch) -> Tensor:
     edges = searcher.edge_weights()
     if searcher.settings.arch_loss == "triplet":  # no classifier: the identities may be new to it
         images, labels = (part.to(searcher.device, non_blocking=True) for part in batch)
-        return batch_hard_triplet(searcher.net(images, edges), labels, searcher.settings.margin)
+        return triplet_loss(searcher, searcher.net(images, edges), labels)
     loss, ce, _ = retrieval_loss(searcher, batch, edges)
     return ce if searcher.settings.arch_loss == "ce" else loss
 
 
 def weight_step(searcher: Searcher, batch: Batch) -> tuple[float, float]:
     """One SGD step on w; returns (cross-entropy, triplet). The gradients are None again when it ends."""
-    loss, ce, triplet = retrieval_loss(searcher, batch, searcher.edge_weights(detach=True))
-    if not torch.isfinite(loss):
+    losses = retrieval_loss(searcher, batch, searcher.edge_weights(detach=True))
+    losses[0].backward()
+    means = torch.stack(losses).detach()
+    parallel.average_([means, *(w.grad for w in searcher.weights)])
+    loss, ce, triplet = means.tolist()
+    if not math.isfinite(loss):  # after the average: on every process or on none
         raise UserError(
-            f"the search diverged: the training loss is {loss.item()}; lower the learning rate, as in "
+            f"the search diverged: the training loss is {loss}; lower the learning rate, as in "
             f"--set lr={searcher.settings.lr / 4:g}"
         )
-    loss.backward()
     if searcher.settings.clip > 0:
         nn.utils.clip_grad_norm_(searcher.weights, searcher.settings.clip)
     # operations that GDAS did not draw have no gradient at all, so momentum and decay leave them alone too
     searcher.weight_optimizer.step()
     searcher.weight_optimizer.zero_grad(set_to_none=True)
-    return ce.item(), triplet.item()
+    return ce, triplet
 
 
 def arch_step(searcher: Searcher, train: Batch, val: Batch) -> float:
@@ -278,6 +328,7 @@ def arch_step(searcher: Searcher, train: Batch, val: Batch) -> float:
     batch norms' running statistics see no validation picture."""
     with statistics_untouched(searcher.net):
         loss, found = METHODS[searcher.settings.method].arch_gradient(searcher, train, val)
+    parallel.average_([loss, *found])
     for alpha, gradient in zip(searcher.net.arch_parameters(), found, strict=True):
         alpha.grad = gradient
     searcher.alpha_optimizer.step()
@@ -288,7 +339,7 @@ def arch_step(searcher: Searcher, train: Batch, val: Batch) -> float:
 @contextmanager
 def statistics_untouched(net: nn.Module) -> Iterator[None]:
     """Batch norms normalise by their batch as in training, without moving their running statistics."""
-    norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.track_running_stats]
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -299,7 +350,8 @@ def statistics_untouched(net: nn.Module) -> Iterator[None]:
 
 
 def first_order(searcher: Searcher, train: Batch | None, val: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-    """dL_val(w, alpha) / dalpha (DARTS, section 2.3 with xi = 0; what Auto-ReID used). ``train`` is not read."""
+    """dL_val(w, alpha) / dalpha (DARTS, section 2.3 with xi = 0; what Auto-ReID used). ``train`` is not read. As of all
+    methods, loss and gradients are this process's, to be averaged."""
     loss = architecture_loss(searcher, val)
     return loss.detach(), gradients(loss, searcher.net.arch_parameters())
 
@@ -319,6 +371,9 @@ def second_order(searcher: Searcher, train: Batch, val: Batch, epsilon: float = 
     w' = w - eta (mu * buffer + dL_train/dw + decay * w), the step SGD would take at its current rate, without
     clipping. The Hessian-vector product is a central difference: with g = dL_val/dw' and R = epsilon / |g|,
     d2L_train/(dalpha dw) g = (dL_train(w + R g)/dalpha - dL_train(w - R g)/dalpha) / 2R.
+
+    Of several processes w' and g are the averages over all, so that all look from the same w' along the same g; the rest
+    is linear in each one's gradients and averaged with them (arch_step).
 
     The three training passes replay the same dropout and leave no trace: weights and random state are put back from
     copies (adding and subtracting R g would leave rounding behind), running statistics are untouched (arch_step).
@@ -343,7 +398,9 @@ def second_order(searcher: Searcher, train: Batch, val: Batch, epsilon: float = 
                 w.copy_(old + offset * d)
 
     # w': the step ahead
-    ahead = [g + decay * w.detach() for g, w in zip(gradients(training_loss(), weights), weights, strict=True)]
+    slope = gradients(training_loss(), weights)
+    parallel.average_(slope)
+    ahead = [g + decay * w.detach() for g, w in zip(slope, weights, strict=True)]
     for d, w in zip(ahead, weights, strict=True):
         momentum = searcher.weight_optimizer.state.get(w, {}).get("momentum_buffer")
         if momentum is not None:
@@ -354,6 +411,7 @@ def second_order(searcher: Searcher, train: Batch, val: Batch, epsilon: float = 
     loss = architecture_loss(searcher, val)
     direct = gradients(loss, alphas, retain_graph=True)
     g = gradients(loss, weights)
+    parallel.average_(g)
 
     # the Hessian-vector product by a central difference around w
     norm = math.sqrt(sum(d.double().square().sum().item() for d in g))
@@ -402,6 +460,10 @@ def find_settings(preset: str, changes: dict[str, Any]) -> SearchSettings:
 
 
 # ---------------------------------------------------------------------------------------- the loop
+COLUMNS = ("loss_ce,loss_triplet,loss_alpha,val_mAP,val_rank1,entropy_normal,entropy_reduction,tau,lr,seconds,"
+           "memory_bytes")
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """What a search found and what it cost."""
@@ -440,8 +502,9 @@ def search(
     """Search ``space`` on training ``samples`` and record it in ``run``; goes on from the run's checkpoint if any.
 
     Written after every epoch: ``curves.csv`` (losses, validation mAP, entropies, tau, seconds, memory), ``alphas.csv``
-    (every edge's softmax), ``genotype.json`` (the genotype of the moment) and the checkpoint. ``cache``: a folder for
-    decoded pictures.
+    (every edge's softmax), ``genotype.json`` (the genotype of the moment) and the checkpoint, which is written in
+    mid-epoch too when SIGTERM comes (then :class:`runs.Preempted` is raised). Of several processes the first writes;
+    ``device_hours`` count all. ``cache``: a folder for decoded pictures.
     """
     if run.finished:
         say(f"{run.folder} is finished: nothing to resume")
@@ -449,67 +512,93 @@ def search(
     data = search_data(samples, settings, seed, workers, cache)
     searcher = Searcher(space, settings, data.classes, seed, device)
     run.open()
-    first, seconds, memory = 0, 0.0, 0
-    curves, trajectories = run.folder / "curves.csv", run.folder / "alphas.csv"
+    first, start, sums, seconds, memory, steps = 0, 0, [0.0, 0.0, 0.0], 0.0, 0, len(data.train)
     if (state := run.load()) is not None:
         searcher.load(state["searcher"])
-        first, seconds, memory = state["epoch"], state["seconds"], state["memory"]
-        say(f"resumed after epoch {first} of {settings.epochs}")
+        first, start, sums, seconds, memory = (state[k] for k in ("epoch", "batch", "sums", "seconds", "memory"))
+        say(f"resumed after epoch {first}{f' and {start} batches' if start else ''} of {settings.epochs}")
     elif run.resumes:
         say("no epoch was finished: starting with the first")
-    rows = rows_up_to(curves, first) or [
-        "epoch,loss_ce,loss_triplet,loss_alpha,val_mAP,val_rank1,entropy_normal,entropy_reduction,tau,lr,seconds,"
-        "memory_bytes"
-    ]
+    curves, trajectories = Curves(run.folder, COLUMNS, first), run.folder / "alphas.csv"
     alphas = rows_up_to(trajectories, first) or ["epoch,cell,edge,operation,weight"]
+
+    def save(epoch: int, batch: int) -> None:
+        run.save({
+            "searcher": searcher.state(), "epoch": epoch, "batch": batch, "sums": sums, "seconds": seconds,
+            "memory": memory,
+        })
+
+    def write_genotype(epoch: int) -> Genotype:
+        genotype = searcher.net.derive(**(provenance or {}), macro=macro(settings), epoch=epoch)
+        if parallel.is_first():
+            write_text(run.folder / "genotype.json", genotype.to_json())
+        return genotype
+
     val_map: float | None = None
     for epoch in range(first, settings.epochs):
         begin = time.monotonic()
         searcher.schedule(epoch)
-        losses = run_epoch(searcher, data, epoch)
+        start, sums = run_epoch(searcher, data, epoch, start, sums)
         val_map = rank1 = None
-        if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
-            val_map, rank1 = validate(searcher, data)
+        try:
+            if start < steps:
+                raise Preempted
+            if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
+                val_map, rank1 = validate(searcher, data)
+        except Preempted:
+            seconds += time.monotonic() - begin
+            save(epoch, start)  # in the validation: after the epoch's last batch
+            raise
         seconds += time.monotonic() - begin
         memory = max(memory, memory_bytes(searcher.device))
+        ce, triplet, alpha_loss = (total / steps for total in sums)
         softmax = {kind: w.detach().cpu() for kind, w in searcher.net.softmax_weights().items()}
-        rows.append(",".join(_cell_text(v) for v in (
-            epoch, *losses, val_map, rank1, *(entropy(softmax[kind]) for kind in KINDS), searcher.tau,
-            searcher.weight_optimizer.param_groups[0]["lr"], seconds, memory,
-        )))
+        curves.add(epoch, dict(zip(COLUMNS.split(","), (
+            ce, triplet, alpha_loss if epoch >= settings.alpha_warmup else None, val_map, rank1,
+            *(entropy(softmax[kind]) for kind in KINDS), searcher.tau, searcher.weight_optimizer.param_groups[0]["lr"],
+            seconds, memory,
+        ), strict=True)))
         alphas.extend(
             f"{epoch},{kind},{source}->{node},{operation},{weight:.6g}"
             for kind in KINDS
             for (node, source), row in zip(space.edges, softmax[kind].tolist(), strict=True)
             for operation, weight in zip(space.operations, row, strict=True)
         )
-        write_text(curves, "\n".join(rows) + "\n")
-        write_text(trajectories, "\n".join(alphas) + "\n")
-        genotype = searcher.net.derive(**(provenance or {}), macro=macro(settings), epoch=epoch + 1)
-        write_text(run.folder / "genotype.json", genotype.to_json())
-        run.save({"searcher": searcher.state(), "epoch": epoch + 1, "seconds": seconds, "memory": memory})
+        if parallel.is_first():
+            write_text(trajectories, "\n".join(alphas) + "\n")
+        write_genotype(epoch + 1)
+        start, sums = 0, [0.0, 0.0, 0.0]
+        save(epoch + 1, 0)
         left = seconds / (epoch + 1) * (settings.epochs - epoch - 1)
         shown = "" if val_map is None else f", val mAP {100 * val_map:.1f} %"
-        say(f"epoch {epoch + 1}/{settings.epochs}: ce {losses[0]:.3f}, triplet {losses[1]:.3f}{shown}, {left:.0f} s left")
+        say(f"epoch {epoch + 1}/{settings.epochs}: ce {ce:.3f}, triplet {triplet:.3f}{shown}, {left:.0f} s left")
+        if asked_to_stop():
+            raise Preempted
+    curves.close()
     # a run resumed after its last epoch lacks only the closing files
     final_map = validate(searcher, data)[0] if val_map is None else val_map
-    genotype = searcher.net.derive(**(provenance or {}), macro=macro(settings), epoch=settings.epochs)
-    write_text(run.folder / "genotype.json", genotype.to_json())
-    result = SearchResult(genotype, final_map, seconds / 3600, memory)
-    write_json(run.summary, {
-        "genotype": genotype.key(), "val_mAP": final_map, "device_hours": result.device_hours, "device": device,
-        "peak_memory_bytes": result.peak_memory_bytes, "steps": settings.epochs * len(data.train),
-        "split": {"train": data.train_images, "val": data.val_images}, "settings": asdict(settings),
-    })
+    genotype = write_genotype(settings.epochs)
+    result = SearchResult(genotype, final_map, seconds / 3600 * parallel.processes(), memory)
+    if parallel.is_first():
+        write_json(run.summary, {
+            "genotype": genotype.key(), "val_mAP": final_map, "device_hours": result.device_hours, "device": device,
+            "processes": parallel.processes(), "peak_memory_bytes": result.peak_memory_bytes,
+            "steps": settings.epochs * steps, "split": {"train": data.train_images, "val": data.val_images},
+            "settings": asdict(settings),
+        })
+    parallel.wait()  # the summary is there for whoever reads it next
     return result
 
 
 def search_config(
     dataset: str, space: SearchSpace, settings: SearchSettings, seed: int, device: str, images: int
 ) -> dict[str, Any]:
-    """What a search is asked: a run can only be resumed with the same."""
+    """What a search is asked: a run can only be resumed with the same. Settings that older runs do not have enter only
+    where they differ from their defaults."""
+    asked = {f.name: getattr(settings, f.name) for f in fields(settings)
+             if not ("later" in f.metadata and getattr(settings, f.name) == f.default)}
     return {
-        "dataset": dataset, "space": asdict(space), "settings": asdict(settings), "seed": seed, "device": device,
+        "dataset": dataset, "space": asdict(space), "settings": asked, "seed": seed, "device": device,
         "train_images": images,
     }
 
@@ -519,20 +608,25 @@ def macro(settings: SearchSettings) -> dict[str, Any]:
     return {"channels": 2 * settings.channels, "layers": list(settings.layers), "stem": settings.stem}
 
 
-def run_epoch(searcher: Searcher, data: SearchData, epoch: int) -> tuple[float | None, ...]:
-    """Algorithm 1's loop over the batches of one epoch; mean (cross-entropy, triplet, alpha loss or None)."""
+def run_epoch(
+    searcher: Searcher, data: SearchData, epoch: int, start: int = 0, sums: Sequence[float] = (0.0, 0.0, 0.0)
+) -> tuple[int, list[float]]:
+    """Algorithm 1's loop over the batches of one epoch, from batch ``start`` on. Returns how many are done, fewer than
+    there are when SIGTERM came, and the sums over them (``sums`` included) of cross-entropy, triplet and alpha loss."""
     searcher.net.train()
     searcher.classifier.train()
-    steps = len(data.train)
+    steps, done, totals = len(data.train), start, list(sums)
     update_alphas = epoch >= searcher.settings.alpha_warmup
-    validation = endless(data.val, (epoch - searcher.settings.alpha_warmup) * steps) if update_alphas else None
-    sums = [0.0, 0.0, 0.0]
-    for train in progress(data.train.epoch(epoch), steps, f"search epoch {epoch + 1}"):
+    seen = (epoch - searcher.settings.alpha_warmup) * steps + start  # a validation batch for each, since the warm-up
+    validation = endless(data.val, seen) if update_alphas else None
+    for train in progress(data.train.epoch(epoch, start), steps - start, f"search epoch {epoch + 1}"):
         ce, triplet = weight_step(searcher, train)
         alpha = arch_step(searcher, train, next(validation)) if validation is not None else 0.0
-        sums = [total + value for total, value in zip(sums, (ce, triplet, alpha), strict=True)]
-    ce, triplet, alpha = (total / steps for total in sums)
-    return ce, triplet, alpha if update_alphas else None
+        totals = [total + value for total, value in zip(totals, (ce, triplet, alpha), strict=True)]
+        done += 1
+        if done < steps and asked_to_stop():
+            break
+    return done, totals
 
 
 def validate(searcher: Searcher, data: SearchData) -> tuple[float, float]:
@@ -541,6 +635,7 @@ def validate(searcher: Searcher, data: SearchData) -> tuple[float, float]:
     The weights have never seen it, the alphas have: this figure watches the search, it does not say how good the
     derived network will be. GDAS is measured as the path it would derive, DARTS as its mixture.
     """
+    parallel.broadcast_(searcher.net)  # each process has running statistics of its own images
     sampled = METHODS[searcher.settings.method].sampled
     edges = searcher.net.derived_weights() if sampled else searcher.net.softmax_weights(detach=True)
     net = _WithEdges(searcher.net, edges)
@@ -562,7 +657,3 @@ class _WithEdges(nn.Module):
 def memory_bytes(device: torch.device) -> int:
     """Peak memory so far: of the CUDA allocator on a GPU, else of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
-
-
-def _cell_text(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -6,9 +6,10 @@ Query and gallery are opened once, after the last epoch.
 from __future__ import annotations
 
 import re
+import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,17 @@ from autoreid import cost, data, parallel
 from autoreid.averaging import averaged
 from autoreid.data import Sample, Splits
 from autoreid.errors import UserError
-from autoreid.evaluate import USUAL, Evaluation, evaluate, held_out_split, keep_out, without_cameras
+from autoreid.evaluate import (
+    USUAL,
+    Evaluation,
+    Extracted,
+    check_task,
+    evaluate,
+    extract_both,
+    held_out_split,
+    keep_out,
+    without_cameras,
+)
 from autoreid.heads import Branch, ReIDNet
 from autoreid.loading import (
     IMAGENET_MEAN,
@@ -303,55 +314,55 @@ def fit(
         say(f"resumed after epoch {first}{f' and {start} batches' if start else ''} of {recipe.all_epochs}")
     elif run.resumes:
         say("no epoch was finished: starting with the first")
-    curves = Curves(run.folder, COLUMNS, first)
     val_map = None
-    for epoch, val_map in curves.read("val_mAP"):
-        if report is not None and val_map is not None:
-            report(epoch + 1, val_map)
+    with closing(Curves(run.folder, COLUMNS, first)) as curves:
+        for epoch, val_map in curves.read("val_mAP"):
+            if report is not None and val_map is not None:
+                report(epoch + 1, val_map)
 
-    def state_at(epoch: int, batch: int) -> dict[str, Any]:
-        return {**learner.state(), "epoch": epoch, "batch": batch, "sums": sums, "seconds": seconds, "memory": memory}
+        def state_at(epoch: int, batch: int) -> dict[str, Any]:
+            return {**learner.state(), "epoch": epoch, "batch": batch, "sums": sums, "seconds": seconds, "memory": memory}
 
-    for epoch in range(first, recipe.all_epochs):
-        begin = time.monotonic()
-        rate = recipe.learning_rate(epoch)
-        set_rate(learner.optimizer, rate, recipe.momentum_of(epoch))
-        learner.module.train()
-        done = start
-        batches = progress(loader.epoch(epoch, start), len(loader) - start, f"epoch {epoch + 1}")
-        while group := list(islice(batches, recipe.accumulate)):
-            losses = learner.step([batch_on(device, batch, recipe.channels_last) for batch in group])
-            sums = sums + losses * len(group)
-            done += len(group)
-            # On a GPU a look at the loss waits for it. What is not finite stays so in the sum.
-            if (device == "cpu" or done % 10 == 0 or done == len(loader)) and not torch.isfinite(sums[0]):
-                raise Diverged(
-                    f"training diverged in epoch {epoch + 1}: the loss is {losses[0].item()}; lower the learning "
-                    f"rate, as in --set lr={recipe.lr / 4:g}"
-                )
-            if asked_to_stop() and done < len(loader):
-                seconds += time.monotonic() - begin
-                run.save(state_at(epoch, done))
+        for epoch in range(first, recipe.all_epochs):
+            begin = time.monotonic()
+            rate = recipe.learning_rate(epoch)
+            set_rate(learner.optimizer, rate, recipe.momentum_of(epoch))
+            learner.module.train()
+            done = start
+            batches = progress(loader.epoch(epoch, start), len(loader) - start, f"epoch {epoch + 1}")
+            while group := list(islice(batches, recipe.accumulate)):
+                losses = learner.step([batch_on(device, batch, recipe.channels_last) for batch in group])
+                sums = sums + losses * len(group)
+                done += len(group)
+                # On a GPU a look at the loss waits for it. What is not finite stays so in the sum.
+                if (device == "cpu" or done % 10 == 0 or done == len(loader)) and not torch.isfinite(sums[0]):
+                    raise Diverged(
+                        f"training diverged in epoch {epoch + 1}: the loss is {losses[0].item()}; lower the learning "
+                        f"rate, as in --set lr={recipe.lr / 4:g}"
+                    )
+                if asked_to_stop() and done < len(loader):
+                    seconds += time.monotonic() - begin
+                    run.save(state_at(epoch, done))
+                    raise Preempted
+            start = 0
+            learner.end_epoch(epoch)
+            val_map = None
+            if watch is not None and recipe.eval_every and (epoch + 1) % recipe.eval_every == 0:
+                val_map = watch.mAP(learner.watched)
+            seconds += time.monotonic() - begin
+            memory = max(memory, torch.cuda.max_memory_allocated(device) if "cuda" in device else peak_memory_bytes())
+            means = (sums / len(loader)).tolist()
+            curves.add(epoch, dict(zip(COLUMNS.split(","), (*means, val_map, rate, seconds), strict=True)))
+            sums = torch.zeros(4, device=device)
+            run.save(state_at(epoch + 1, 0))
+            left = seconds / (epoch + 1) * (recipe.all_epochs - epoch - 1)
+            shown = "" if val_map is None else f", val mAP {100 * val_map:.1f} %"
+            losses_shown = f"ce {means[1]:.3f}, triplet {means[2]:.3f}"
+            say(f"epoch {epoch + 1}/{recipe.all_epochs}: {losses_shown}{shown}, {left:.0f} s left")
+            if report is not None and val_map is not None:
+                report(epoch + 1, val_map)
+            if asked_to_stop():
                 raise Preempted
-        start = 0
-        learner.end_epoch(epoch)
-        val_map = None
-        if watch is not None and recipe.eval_every and (epoch + 1) % recipe.eval_every == 0:
-            val_map = watch.mAP(learner.watched)
-        seconds += time.monotonic() - begin
-        memory = max(memory, torch.cuda.max_memory_allocated(device) if "cuda" in device else peak_memory_bytes())
-        means = (sums / len(loader)).tolist()
-        curves.add(epoch, dict(zip(COLUMNS.split(","), (*means, val_map, rate, seconds), strict=True)))
-        sums = torch.zeros(4, device=device)
-        run.save(state_at(epoch + 1, 0))
-        left = seconds / (epoch + 1) * (recipe.all_epochs - epoch - 1)
-        shown = "" if val_map is None else f", val mAP {100 * val_map:.1f} %"
-        say(f"epoch {epoch + 1}/{recipe.all_epochs}: ce {means[1]:.3f}, triplet {means[2]:.3f}{shown}, {left:.0f} s left")
-        if report is not None and val_map is not None:
-            report(epoch + 1, val_map)
-        if asked_to_stop():
-            raise Preempted
-    curves.close()
     learner.deploy(batch_on(device, batch) for batch in loader.epoch(recipe.all_epochs))
     if learner.swag is not None and parallel.is_first():
         swag = learner.swag
@@ -417,6 +428,8 @@ def retrain(
     *,
     root: str | None = None,
     test: str | None = None,
+    test_root: str | None = None,
+    protocol: str | None = None,
     seed: int = 0,
     device: str = "cpu",
     workers: int = 0,
@@ -430,7 +443,8 @@ def retrain(
     """Train a model on a dataset's training identities, evaluate it once, write the result.
 
     ``init``: "scratch", "imagenet" (torchvision's weights) or a file of such weights. ``test`` is another dataset to
-    evaluate on. ``how`` to evaluate; where its views are 1, the recipe's count. ``cache``: a folder for decoded pictures.
+    evaluate on, under ``test_root`` or else under ``root``; ``protocol`` another than the tested dataset's own. ``how`` to
+    evaluate; where its views are 1, the recipe's count. ``cache``: a folder for decoded pictures.
 
     Writes ``<out>/<test dataset>/<name>-s<seed>.json`` (the result), ``.safetensors`` (the weights) and a folder of the
     same name (configuration, curves, checkpoint). Returns the result's path and value.
@@ -440,21 +454,25 @@ def retrain(
     target = folder / f"{name}-s{seed}.json"
     require(bool(re.fullmatch(r"[\w.-]+", name)), "name", name, "letters, digits, '.', '_' and '-'")
     start = check_start(spec, recipe, init)
-    # Names only: a missing query folder is better found before the training.
+    # Names only: what the evaluation would find wrong with them is better found before the training.
     splits = data.load(dataset, root, parts=("train",) if test else data.PARTS)
-    tested = data.load(test, root, parts=("query", "gallery")) if test else splits
+    tested = data.load(test, test_root or root, parts=("query", "gallery")) if test else splits
+    how = replace(how, views=recipe.views) if how.views == 1 else how
+    rule = check_task(tested.query, tested.gallery, protocol or tested.protocol, how)
+    warnings = data.leaks(_side_by_side(splits, tested) if test else splits)
+    for line in warnings:
+        say(f"warning: {line}")
     samples, unreadable = (readable(splits.train) if how.skip_unreadable else (list(splits.train), []))
     for path in unreadable:
         say(f"left out, as it cannot be read: {path}")
     genotype = spec.genotype.key() if spec.genotype else None  # where it came from is not the question
-    how = replace(how, views=recipe.views) if how.views == 1 else how
-    how.check(tested.protocol)  # now, not after the training
     config = {
         "model": {**spec.to_dict(), "genotype": genotype}, "dataset": dataset, "recipe": asdict(recipe), "seed": seed,
-        **start, "test": test, "evaluation": how.to_dict(), "device": parallel.kind(device), "train_images": len(samples),
+        **start, "test": test, "protocol": protocol, "evaluation": how.to_dict(), "device": parallel.kind(device),
+        "train_images": len(samples),
     }
-    results = (target, target.with_suffix(".safetensors"))
-    run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite, results=results)
+    weights = target.with_suffix(".safetensors")
+    run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite, results=(target, weights))
     if run.finished:
         say(f"{target} is finished: nothing to resume")
         return target, read_json(target, "result")
@@ -465,22 +483,69 @@ def retrain(
     trained, held_out = keep_out(samples, recipe.held_out, seed)
     training = fit(net, trained, recipe, run, seed, device, workers, cache, held_out)
     net.eval()
-    result = measure(net, spec, name, tested, recipe.input, device=device, how=how)
-    result.update({
-        "trained_on": splits.name, "train_part": splits.train_part, "train_unreadable": len(unreadable),
-        "split": f"{len(splits.train)} train, {len(tested.query)} query, {len(tested.gallery)} gallery images",
-        "recipe": recipe.key(), "seed": seed, **start, "train": asdict(training),
-        "environment": environment(),
-    })
+    # Also kept with the weights: an evaluation's result is to stand beside this one. The images are all that could be
+    # read, also those that the recipe holds out: how many these are differs from seed to seed.
+    origin = {
+        "trained_on": splits.name, "train_part": splits.train_part, "train_images": len(samples),
+        "train_unreadable": len(unreadable), "train_fingerprint": data.fingerprint(splits, ("train",)),
+        "recipe": recipe.key(), "seed": seed, **start,
+    }
     if parallel.is_first():
         save_weights(
-            results[1], net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
-            resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=start["init"],
+            weights, net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
+            resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=start["init"], name=name,
+            origin=origin, epochs=recipe.all_epochs, warned={data.fingerprint(tested, TESTED): warnings},
         )
+    try:
+        result, _ = measure(net, spec, name, tested, recipe.input, device=device, how=how, protocol=rule.name)
+    except UserError as fault:
+        where = f"--dataset {test or dataset}" + (f" --root {shlex.quote(found)}" if (found := test_root or root) else "")
+        raise UserError(
+            f"{fault}; the training is done and its weights are saved: when this is mended go on with --resume, or "
+            f"leave out what cannot be read by `autoreid evaluate {shlex.quote(str(weights))} {where} --skip-unreadable`"
+        ) from fault
+    result |= {"split": split_text(origin, tested), "warnings": warnings, **origin, "train": asdict(training),
+               "environment": environment()}
+    if parallel.is_first():
         write_json(target, result)
         write_json(run.summary, {"result": target.name, "mAP": result["mAP"]})
     parallel.wait()
     return target, result
+
+
+TESTED = ("query", "gallery")
+
+
+def _side_by_side(splits: Splits, tested: Splits) -> Splits:
+    """One dataset's training images beside another's test: a number they share says nothing, but a file would."""
+    above = 1 + max(s.identity for s in (*tested.query, *tested.gallery))
+    return replace(tested, train=tuple(s._replace(identity=s.identity + above) for s in splits.train))
+
+
+def split_text(origin: Mapping[str, Any], tested: Splits) -> str:
+    return f"{origin['train_images']} train, {len(tested.query)} query, {len(tested.gallery)} gallery images"
+
+
+def again(weights: str | Path, metadata: Mapping[str, Any], tested: Splits) -> dict[str, Any]:
+    """What the result of an evaluation says of the weights' training, in retrain's words, so that the two can be compared.
+
+    Seconds and memory are not in the weights: they come from the result beside them, where there is one.
+    """
+    origin = metadata.get("origin") or {  # of weights written before they said more
+        "trained_on": metadata["dataset"], **{key: metadata[key] for key in ("recipe", "seed", "init")}
+    }
+    train = {"epochs": metadata["epochs"]} if "epochs" in metadata else None
+    beside = Path(weights).with_suffix(".json")
+    with suppress(UserError):
+        there = read_json(beside, "result")
+        if isinstance(there, dict) and all(there.get(key) == metadata[key] for key in ("recipe", "seed", "init")):
+            train = there.get("train", train)
+    warnings = metadata.get("warned", {}).get(data.fingerprint(tested, TESTED))
+    return {
+        "split": split_text(origin, tested) if "train_images" in origin else None,
+        "warnings": data.leaks(tested) if warnings is None else warnings, **origin, "train": train,
+        "environment": environment(),
+    }
 
 
 def check_start(spec: ModelSpec, recipe: Recipe, init: str) -> dict[str, str]:
@@ -498,25 +563,28 @@ def measure(
     net: ReIDNet,
     spec: ModelSpec,
     name: str,
-    splits: Splits,
+    tested: Splits,
     size: tuple[int, int],
     *,
     device: str = "cpu",
     how: Evaluation = USUAL,
     protocol: str | None = None,
-) -> dict[str, Any]:
-    """A result's figures: cost and latency of the net, and its retrieval metrics on the dataset's query and gallery."""
-    protocol = protocol or splits.protocol
-    say(f"evaluating {len(splits.query)} queries against {len(splits.gallery)} gallery images, {how.views} view(s) each")
-    metrics = evaluate(net, splits.query, splits.gallery, size, protocol, device=device, how=how)
+) -> tuple[dict[str, Any], Extracted]:
+    """A result's figures, cost and latency of the net and its retrieval metrics on the dataset's query and gallery; and
+    what they are made of. Names the images left out."""
+    protocol = protocol or tested.protocol
+    say(f"evaluating {len(tested.query)} queries against {len(tested.gallery)} gallery images, {how.views} view(s) each")
+    extracted = extract_both(net, tested.query, tested.gallery, size, protocol, device, how)
+    for path in extracted.unreadable:
+        say(f"left out, as it cannot be read: {path}")
+    metrics = extracted.metrics()
     counted = cost.measure(spec.build, size)
     return {
-        "model": name, "genotype": spec.genotype.key() if spec.genotype else None, "dataset": splits.name,
-        "protocol": protocol,
-        "split": f"{len(splits.train)} train, {len(splits.query)} query, {len(splits.gallery)} gallery images",
+        "model": name, "genotype": spec.genotype.key() if spec.genotype else None, "dataset": tested.name,
+        "edition": tested.edition or None, "fingerprint": data.fingerprint(tested, TESTED), "protocol": protocol,
         "input": list(size), "params": counted.params, "macs": counted.macs,
         "embedding": {"dims": net.dims, "dtype": "float32", "bytes": 4 * net.dims},
         **{key: value for key, value in metrics.to_dict().items() if key not in ("total", "scored", "protocol")},
         "queries": {"total": metrics.total, "scored": metrics.scored},
         "flip": how.views > 1, **how.to_dict(), "latency_ms": parallel.from_first(lambda: cost.latency(net, size, device)),
-    }
+    }, extracted

@@ -128,7 +128,7 @@ def test_mistakes_about_where_it_is(tmp_path):
     )
     assert said(load, "veri", tmp_path) == (
         f"dataset 'veri' is not under {tmp_path}: looked there and in its VeRi/VeRi, VeRi, VeRi-776, VeRi_776, "
-        "VeRi776, VeRi_with_plate, veri, veri776, veri-776 for the folders image_train, image_query, image_test; "
+        "VeRi776, VeRi_with_plate, veri, veri776, veri-776, veri_776 for the folders image_train, image_query, image_test; "
         "give --root the folder that holds VeRi, or that folder itself"
     )
     nowhere = tmp_path / "nowhere"
@@ -172,13 +172,13 @@ def test_check_counts_and_names_what_to_mend(tmp_path):
     broken = [str(train / "0002_c2s1_000451_01.jpg"), str(train / "0007_c3s3_000001_01.jpg")]
     assert report["unreadable"] == broken
     assert report["differs"] == [
-        "train: 3 images differs from the official 12,936",
-        "train: 2 identities differs from the official 751",
-        "query: 2 images differs from the official 3,368",
-        "query: 2 identities differs from the official 750",
-        "gallery: 5 images differs from the official 19,732",
-        "gallery: 2 identities differs from the official 750",
-        "4 cameras differs from the official 6",
+        "train: 3 images, officially 12,936",
+        "train: 2 identities, officially 751",
+        "query: 2 images, officially 3,368",
+        "query: 2 identities, officially 750",
+        "gallery: 5 images, officially 19,732",
+        "gallery: 2 identities, officially 750",
+        "4 cameras, officially 6",
     ]
     assert report["problems"] == [
         "train: 1 images are not named like 0002_c1s1_000451_03.jpg and are ignored, the first is 'photo.jpg'; "
@@ -190,7 +190,8 @@ def test_check_counts_and_names_what_to_mend(tmp_path):
         *[f"unreadable or truncated image {path}: copy this file again or delete it" for path in broken],
     ]
     text = describe(report)
-    assert "train: 3 images differs from the official 12,936; unpack the archive again, unless this is a subset" in text
+    assert text.count("unless this is a subset on purpose, unpack the archive again") == 1
+    assert "\nprotocol market1501\n" in text
     assert all(f"problem: {problem}" in text for problem in report["problems"])
     assert check("market", tmp_path, read_images=False)["unreadable"] == []
 

@@ -1,7 +1,9 @@
 """Every dataset with lists of its own, the user's own images, and several joined: read as published, wrong copies named."""
 
+import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,10 +21,13 @@ from autoreid.data import (
     cuhk03,
     describe,
     duke,
+    fingerprint,
     full_names,
+    leaks,
     load,
     locate,
     msmt17,
+    picture_numbers,
     vehicleid,
     veri_oracle,
     veri_wild,
@@ -389,11 +394,11 @@ def test_cuhk03_with_something_missing(tmp_path, monkeypatch):
     assert f"file '{config.name}' (train) is missing" in said(load, "cuhk03/labeled", tmp_path)
     monkeypatch.setitem(sys.modules, "h5py", None)
     mat = folder / "cuhk03_release" / "cuhk-03.mat"
-    advice = "pip install {0}, or 'autoreid[datasets]'"
-    assert said(load, "cuhk03", tmp_path) == f"reading {mat} needs the package h5py: {advice.format('h5py')}"
+    advice = "pip install h5py scipy, or pip install '.[datasets]' in autoreid's folder"
+    assert said(load, "cuhk03", tmp_path) == f"reading {mat} needs the package h5py: {advice}"
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     detected = folder / "cuhk03_new_protocol_config_detected.mat"
-    assert said(load, "cuhk03", tmp_path) == f"reading {detected} needs the package scipy: {advice.format('scipy')}"
+    assert said(load, "cuhk03", tmp_path) == f"reading {detected} needs the package scipy: {advice}"
     monkeypatch.undo()
     monkeypatch.setenv("AUTOREID_CACHE", str(tmp_path / "cache"))
     mat.write_bytes(b"no HDF5")
@@ -417,10 +422,9 @@ def test_vehicleid_has_no_cameras_and_one_test_list(tmp_path, folder):
     text(folder / "train_test_split" / "test_list_1600.txt", ["0000001 0", "0000002 0"])
     assert tags(load("vehicleid/test-1600", tmp_path).query) == [(1, 0)] * 2  # its own list, and no other
     assert check("vehicleid/test-1600", tmp_path)["problems"] == [
-        "1 identities are in train and in the test, the first are 1: their scores would be too good; "
+        "1 identity is in train and in the test, the first is 0: their scores would be too good; "
         "take them out of one of the two",
-        f"query: 2 files are also in train, the first is {folder / 'image' / '0000001.jpg'}; list each in one part",
-        f"gallery: 2 files are also in train, the first is {folder / 'image' / '0000001.jpg'}; list each in one part",
+        f"2 files are in two parts, the first is {folder / 'image' / '0000001.jpg'} (train and gallery); list each in one part",
     ]
 
 
@@ -511,7 +515,7 @@ def test_mars_tracklets(tmp_path, folder):
     assert (splits.protocol, splits.junk) == ("mars", 1)
     assert all(s.path == s.frames[0] and all(map(os.path.isfile, s.frames)) for s in splits.gallery)
     report = check("mars", tmp_path)
-    assert report["differs"][0] == "train: 2 tracklets differs from the official 8,298"
+    assert report["differs"][0] == "train: 2 tracklets, officially 8,298"
     (first / "0001C1T0001F002.jpg").write_bytes(b"broken")  # a later frame
     assert check("mars", tmp_path)["unreadable"] == [str(first / "0001C1T0001F002.jpg")]
 
@@ -615,11 +619,11 @@ def test_own_folder_with_a_pattern_of_its_own(tmp_path):
         "rename or remove them"
     ]
     for pattern, words in {
-        "gate": "the camera pattern has 0 groups and must have one, around the number",
-        r"(gate)(\d+)": "the camera pattern has 2 groups and must have one, around the number",
-        "(": r"camera is no regular expression (missing ), unterminated subpattern at position 0); such as cam(\d+)",
-        r"(gate)\d": "in 'gate07-0.jpg' the pattern's group is 'gate', which is no camera number; "
-        "put the group around the digits",
+        "gate": "the camera pattern has 0 groups and must have one, around the camera",
+        r"(gate)(\d+)": "the camera pattern has 2 groups and must have one, around the camera",
+        "(": "camera is no regular expression (missing ), unterminated subpattern at position 0); such as "
+        r'{"camera": "cam(\\d+)"}',
+        r"gate(x?)\d": "in 'gate07-0.jpg' the pattern's group is empty; put it around the camera",
         r"door(\d+)": r"the camera pattern 'door(\d+)' fits none of 4 file names, the first is 'gate07-0.jpg'; mend the "
         "pattern, or delete the file to go without cameras",
     }.items():
@@ -632,6 +636,11 @@ def test_own_folder_with_a_pattern_of_its_own(tmp_path):
     assert said(load, "folder", tmp_path).startswith(f"{settings} must be an object such as ")
     settings.write_text("{")
     assert said(load, "folder", tmp_path).startswith(f"{settings}: not valid JSON")
+    settings.write_text(r'{"camera": "gate(\d+)"}')  # as the pattern is spelled elsewhere
+    words = said(load, "folder", tmp_path)
+    assert words.endswith(r'; such as {"camera": "cam(\\d+)"}, where every backslash is written twice')
+    settings.write_bytes(b"\xef\xbb\xbf" + json.dumps({"camera": r"gate(\d+)"}).encode())  # Notepad's
+    assert load("folder", tmp_path) == splits
 
 
 def test_own_folder_in_three_parts(tmp_path):
@@ -715,11 +724,13 @@ def test_own_csv_mistakes(tmp_path):
     assert tags(load("csv", csv_file(tmp_path, *rows)).gallery) == [(2, 2)]
     file = csv_file(tmp_path, *rows, header="path,identity,camera,part")
     assert said(load, "csv", file) == (
-        f"{file} has no column 'split', its first line is 'path,identity,camera,part'; the first line must name path, "
+        f"{file} has no column 'split' (is it 'part'?), its first line is 'path,identity,camera,part'; the first line must name path, "
         "identity, split and, if known, camera"
     )
     csv_file(tmp_path, *rows, "", "4.jpg,b,1,test")
-    assert said(load, "csv", file) == f"unknown split in {file} line 6: 'test'; known: gallery, query, train"
+    assert said(load, "csv", file) == (
+        f"unknown split in {file} line 6: 'test'; did you mean 'gallery'? known: train, query, gallery"
+    )
     csv_file(tmp_path, *rows, "4.jpg,,1,train")
     assert said(load, "csv", file) == f"{file} line 5: identity is empty; fill it in or delete the line"
     csv_file(tmp_path, *rows, "4.jpg,b,,gallery")
@@ -742,23 +753,96 @@ def test_labels_of_training_identities_do_not_depend_on_the_test(tmp_path):
 
 def test_leaks_and_duplicates_have_their_lines(tmp_path):
     file = csv_file(
-        tmp_path, "1.jpg,a,0,train", "1.jpg,a,0,train", "2.jpg,b,0,query", "2.jpg,b,0,gallery", "3.jpg,b,0,gallery",
-        "4.jpg,a,0,gallery", "1.jpg,a,0,gallery", "5.jpg,c,0,query",
+        tmp_path, "1.jpg,anna,,train", "1.jpg,anna,,train", "2.jpg,b,,query", "2.jpg,b,,gallery", "3.jpg,b,,gallery",
+        "4.jpg,anna,,gallery", "1.jpg,anna,,gallery", "5.jpg,c,,query",
     )  # fmt: skip
-    assert load("csv", file).protocol == "plain"
-    report = check("csv", file)
-    assert report["leaking"] == [1] and report["unmatched_queries"] == 1
-    assert report["problems"] == [
-        "1 identities are in train and in the test, the first are 1: their scores would be too good; "
+    splits = load("csv", file)
+    assert splits.protocol == "plain" and splits.name_of(1) == "anna"
+    lines = [
+        "1 identity is in train and in the test, the first is anna: their scores would be too good; "
         "take them out of one of the two",
-        f"train: 1 files are listed twice, the first is {tmp_path / '1.jpg'}; list each once",
-        f"gallery: 1 files are also in train, the first is {tmp_path / '1.jpg'}; list each in one part",
-        "query: 1 files are also in the gallery and, without cameras, their own best match, the first is "
-        f"{tmp_path / '2.jpg'}; list each in one part",
+        f"2 files are in two parts, the first is {tmp_path / '1.jpg'} (train and gallery); list each in one part",
+        f"1 file is listed twice in one part, the first is {tmp_path / '1.jpg'} (train); list each once",
+    ]
+    report = check("csv", file)
+    assert report["leaking"] == ["anna"] and report["unmatched_queries"] == 1
+    assert report["problems"] == [
+        *lines,
         "query: 1 of 2 queries have no gallery image of their identity and will not be scored; "
         "add gallery images of them, or remove them",
     ]
 
+    for path in tmp_path.glob("*.jpg"):
+        path.unlink()
+    assert leaks(splits) == lines  # names are all it looks at
+    assert leaks(load("csv", csv_file(tmp_path, "1.jpg,a,,train", "2.jpg,b,,query", "3.jpg,b,,gallery"))) == []
+
+
+def test_a_query_may_lie_in_the_gallery_where_its_camera_leaves_it_out(tmp_path):
+    rows = ["1.jpg,a,1,train", "2.jpg,b,1,query", "2.jpg,b,1,gallery", "3.jpg,b,2,gallery"]
+    assert leaks(load("csv", csv_file(tmp_path, *rows))) == []
+    miniature.mars(tmp_path)
+    miniature.vehicleid(tmp_path)
+    assert leaks(load("mars", tmp_path)) == leaks(load("vehicleid", tmp_path)) == []
+
+
+def test_a_leak_is_named_as_the_list_names_it(tmp_path):
+    """Lists that count from 0 are read as from 1; a person is found again only by the list's own number."""
+    folder = miniature.vehicleid(tmp_path)
+    text(folder / "train_test_split" / "test_list_800.txt", ["0000101 7", "0000102 7", "0000201 3"])
+    folder = miniature.vric(tmp_path)
+    text(folder / "vric_gallery.txt", ["00001.jpg 5 10"])
+    folder = miniature.veri_wild(tmp_path)
+    text(folder / "train_test_split" / "test_3000.txt", ["00003/000010"])
+    miniature.msmt17(tmp_path)
+    image(miniature.market(tmp_path) / "query" / "0007_c1s1_000001_01.jpg")
+    people = {"vehicleid": "7", "vric": "5", "veri-wild": "00003", "market": "7"}
+    for name, person in people.items():
+        assert check(name, tmp_path)["leaking"] == [person], name
+        assert f"the first is {person}: " in leaks(load(name, tmp_path))[0]
+    assert load("msmt17", tmp_path).name_of(10_003) == "2"
+    joined = load("market+vric", tmp_path)
+    assert (joined.name_of(7), joined.name_of(1_000_006)) == ("7", "5")
+
+
+def test_a_fingerprint_stands_for_the_lists_and_not_for_the_place(tmp_path, monkeypatch):
+    for place in ("here", "there/under another name"):
+        (tmp_path / place).mkdir(parents=True)
+        miniature.own_folder(tmp_path / place)
+        miniature.own_csv(tmp_path / place / "csv")
+    csv = load("csv", tmp_path / "here" / "csv")
+    here = load("folder", tmp_path / "here")
+    honest = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: honest(path)[::-1])
+    there = load("folder", tmp_path / "there/under another name")
+    assert fingerprint(here) == fingerprint(there) != fingerprint(csv)
+    assert re.fullmatch("[0-9a-f]{12}", fingerprint(here))
+    shuffled = dataclasses.replace(csv, train=csv.train[::-1], gallery=csv.gallery[::-1])
+    assert fingerprint(shuffled) == fingerprint(csv)
+    one = csv.train[0]
+    for other in (one._replace(path="a/other.jpg"), one._replace(identity=2), one._replace(camera=9)):
+        changed = dataclasses.replace(csv, train=(other, *csv.train[1:]))
+        assert fingerprint(changed) != fingerprint(csv)
+        assert fingerprint(changed, ("query", "gallery")) == fingerprint(csv, ("query", "gallery"))
+    tested = load("csv", tmp_path / "here" / "csv", parts=("query", "gallery"))
+    assert fingerprint(tested, ("query", "gallery")) == fingerprint(csv, ("query", "gallery")) != fingerprint(csv)
+
+
+def test_a_query_that_lies_in_the_gallery_too_is_one_picture(tmp_path):
+    folder = miniature.veri(tmp_path)
+    (folder / "image_test" / "0005_c011_00064720_0.jpg").write_bytes(miniature.jpeg((1, 2, 3)))  # a name alone is not enough
+    splits = load("veri", tmp_path)
+    query, gallery = picture_numbers(splits.query, splits.gallery)
+    assert [gallery.index(number) if number in gallery else None for number in query] == [0, None]
+    assert splits.gallery[0].path.endswith("image_test/0002_c002_00030600_0.jpg")
+    assert len(set(gallery)) == len(gallery)
+    Path(splits.gallery[0].path).unlink()
+    query, gallery = picture_numbers(splits.query, splits.gallery)
+    assert not set(query) & set(gallery)  # what is not there is no twin, and no error
+    miniature.mars(tmp_path)
+    mars = load("mars", tmp_path)
+    query, gallery = picture_numbers(mars.query, mars.gallery)
+    assert [mars.gallery[gallery.index(number)] for number in query] == list(mars.query)
 
 # ------------------------------------------------------------------------------------------------- several at once
 def test_joined_datasets_share_no_label_and_keep_the_first_ones_test(tmp_path):

@@ -476,8 +476,8 @@ def refused(call, *arguments, **options):
 def test_why_nothing_can_be_scored():
     eye = np.eye(2)
     assert refused(retrieval_metrics, eye, [1, 2], [4, 4], eye, [1, 2], [4, 4], protocol="msmt17") == (
-        "every query and gallery image has camera 4, and protocol 'msmt17' leaves out what the query's own camera took, "
-        "so nothing can be scored; give the true cameras, or use --protocol plain to ignore them"
+        "every gallery image of the queries' identities has camera 4, and protocol 'msmt17' leaves out what the query's own "
+        "camera took, so 2 of 2 queries cannot be scored; give the true cameras, or use --protocol plain to ignore them"
     )
     assert retrieval_metrics(eye, [1, 2], [4, 4], eye, [1, 2], [4, 4], protocol="plain").mAP == 1.0
     assert refused(retrieval_metrics, eye, [1, 2], [1, 2], eye, [1, 2], [1, 2]) == (
@@ -543,8 +543,9 @@ TOO_LARGE = (
         ({"qi": ["a", "b"]}, "query identities must be 2 integers, one per feature row, got shape (2,) of <U1"),
         ({"qi": [[1], [2, 3]]}, "query identities must be a flat list of integers, one per feature row"),
         ({"gi": torch.tensor([1.0, 2.0])}, "gallery identities must be 2 integers, one per feature row, got shape (2,) "
-         "of float32"),
-        ({"qc": [0.5, 1.5]}, "query cameras must be 2 integers, one per feature row, got shape (2,) of float64"),
+         "of float32; store them as identities.astype('int64')"),
+        ({"qc": [0.5, 1.5]}, "query cameras must be 2 integers, one per feature row, got shape (2,) of float64; store "
+         "them as cameras.astype('int64')"),
         ({"gc": None}, "protocol 'market1501' needs cameras; give them, or use --protocol plain"),
         ({"gc": None, "protocol": "cuhk03-classic"}, "protocol 'cuhk03-classic' needs cameras; give them, or use "
          "--protocol plain"),

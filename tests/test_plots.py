@@ -3,6 +3,7 @@
 import html.parser
 import io
 import itertools
+import json
 
 import numpy as np
 import pandas as pd
@@ -331,6 +332,60 @@ def test_a_search_is_drawn_from_its_records(tmp_path):
     (tmp_path / "curves.csv").write_text("epoch,loss_ce,loss_alpha,val_mAP\n0,3.5,,\n1,3.1,,0.25\n")
     written = plots.draw_search(tmp_path)
     assert [path.name for path in written] == ["genotype.png", "alphas.png", "curves.png"]
+    for path in written:
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+
+
+# ---------------------------------------------------------------------------------------- studies
+def trial(number, state, value=None, reference=None, steps=(), best=None):
+    return {"number": number, "state": state, "value": value, "reference": reference, "steps": list(steps),
+            "best_value": best}
+
+
+TRIALS = [
+    trial(0, "finished", 0.5, "base", (0.2, 0.5), 0.5), trial(1, "finished", 0.3, "robust-reid", (0.1, 0.3), 0.5),
+    trial(2, "failed", None, "safr", (), 0.5), trial(3, "finished", 0.4, None, (0.1, 0.4), 0.5),
+    trial(4, "pruned", None, None, (0.05,), 0.5), trial(5, "finished", 0.7, None, (0.3, 0.7), 0.7),
+    trial(6, "running", None, None, (0.6,), 0.7),
+]  # fmt: skip
+
+
+def test_the_history_of_a_study_says_what_became_of_every_trial():
+    figure = plots.tune_history(TRIALS, "Study market")
+    (axes,) = figure.axes
+    drawn = {dots.get_label(): dots.get_offsets().tolist() for dots in axes.collections}
+    assert drawn == {
+        "reference": [[0, 0.5], [1, 0.3]], "finished": [[3, 0.4], [5, 0.7]], "pruned, at its last report": [[4, 0.05]],
+        "failed": [[2, 0]],
+    }
+    (front,) = (line for line in axes.lines if line.get_gid() == "front")
+    assert front.get_ydata().tolist() == [0.5] * 5 + [0.7] * 2
+    assert {note.get_text() for note in names(axes)} == {"base", "robust-reid"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["best so far", *drawn]
+    assert "Study market" in texts(figure)
+    assert_apart([*names(axes), axes.xaxis.label], figure)
+    plots.tune_history([trial(0, "failed")])  # nothing was finished
+
+
+def test_the_importance_of_every_parameter_is_a_bar():
+    shares = {"lr": 0.6, "erase": 0.3, "schedule": 0.1}
+    figure = plots.tune_importance(shares)
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([60, 30, 10])
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(shares) and axes.yaxis_inverted()
+    assert {"60 %", "30 %", "10 %"} <= set(texts(figure))
+    assert "too few finished trials to tell" in texts(plots.tune_importance({}))
+
+
+def test_a_study_is_drawn_from_its_record(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({
+        "study": "market", "counts": {"finished": 4, "pruned": 1, "failed": 1, "lost": 0}, "trials": TRIALS,
+        "importance": {"lr": 1.0},
+    }))
+    written = plots.draw_study(tmp_path)
+    assert [path.name for path in written] == ["tune-history.png", "tune-importance.png"]
     for path in written:
         with Image.open(path) as picture:
             assert picture.format == "PNG"

@@ -325,10 +325,10 @@ def test_query_and_gallery_are_never_opened(market, tmp_path, monkeypatch):
 
     import autoreid.search
 
-    def delete_then_run(searcher, halves, epoch):
+    def delete_then_run(*arguments):
         for part in ("query", "bounding_box_test"):
             shutil.rmtree(copy / "Market-1501-v15.09.15" / part, ignore_errors=True)
-        return run_epoch(searcher, halves, epoch)
+        return run_epoch(*arguments)
 
     monkeypatch.setattr(autoreid.search, "run_epoch", delete_then_run)
     search(TOY, samples, settings(), Run(tmp_path / "run", {}, resume=False, overwrite=False))

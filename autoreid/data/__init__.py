@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from autoreid.data import market, veri
 from autoreid.data.checking import check, describe
+from autoreid.data.comparing import fingerprint, leaks, picture_numbers
 from autoreid.data.joining import join
 from autoreid.data.layout import DISTRACTOR, JUNK, PARTS, Sample, Splits
 from autoreid.data.locate import find
@@ -24,8 +25,8 @@ from autoreid.data.veri import veri_oracle
 from autoreid.errors import UserError
 
 __all__ = [
-    "DATASETS", "DISTRACTOR", "JUNK", "Dataset", "Sample", "Splits", "check", "describe", "full_names", "load", "market",
-    "veri", "veri_oracle",
+    "DATASETS", "DISTRACTOR", "JUNK", "Dataset", "Sample", "Splits", "check", "describe", "fingerprint", "full_names",
+    "leaks", "load", "market", "picture_numbers", "veri", "veri_oracle",
 ]  # fmt: skip
 
 
@@ -34,9 +35,9 @@ def load(name: str, root: str | os.PathLike[str] | None = None, parts: Sequence[
 
     ``name`` is one of ``DATASETS``, with a variant (``cuhk03/labeled``) or joined to others whose training images are
     added (``market+msmt17``). ``root`` is the folder that holds the dataset's folder, or the dataset's folder itself; a
-    drawn dataset needs none and is drawn on first use. Identity -1 is left out everywhere, identity 0 also from train
-    (it is nobody). Raises UserError: unknown name or part, no root, no such folder, a part missing or empty, names that
-    do not parse, the first listed file not there.
+    drawn dataset needs none and is drawn on first use. Identity -1 is left out everywhere, identity 0 from train and query
+    (it is nobody, and matches nobody). Raises UserError: unknown name or part, no root, no such folder, two editions, a
+    part missing or empty, names that do not parse, the first listed file not there.
     """
     first, *others = split(name)
     splits = _load(first, root, parts)
@@ -51,7 +52,7 @@ def _load(name: str, root: str | os.PathLike[str] | None, parts: Sequence[str]) 
     found = find(name, root, parts)
     layout = found.layout
     samples: dict[str, tuple[Sample, ...]] = dict.fromkeys(PARTS, ())
-    junk = 0
+    junk, names = 0, dict[int, str]()
     for part in parts:
         twin = {"query": "gallery", "gallery": "query"}.get(part)
         if twin and layout.one_test_list and samples[twin]:
@@ -67,8 +68,14 @@ def _load(name: str, root: str | os.PathLike[str] | None, parts: Sequence[str]) 
                 f"{listed[0].path}, is not there; copy the images to where the list says (`autoreid data` names all "
                 "that are missing)"
             )
-        left_out = {JUNK, DISTRACTOR} if part == "train" else {JUNK}
+        left_out = {JUNK} if part == "gallery" else {JUNK, DISTRACTOR}
         samples[part] = tuple(sample for sample in listed if sample.identity not in left_out)
+        if not samples[part]:
+            raise UserError(
+                f"dataset '{found.name}' at {found.folder}: all {len(listed):,} {layout.unit} of {part} have identity -1 "
+                "or 0000, which are nobody; number identities from 0001"
+            )
+        names |= reading.names
         if part == "gallery":
             junk = len(listed) - len(samples[part])
     return Splits(
@@ -78,4 +85,6 @@ def _load(name: str, root: str | os.PathLike[str] | None, parts: Sequence[str]) 
         junk=junk,
         train_part=layout.train_part,
         title=layout.title,
+        edition=layout.edition,
+        names=names,
     )

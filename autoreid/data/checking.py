@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from autoreid.data.layout import DISTRACTOR, JUNK, PARTS, Layout, Reading, Sample
+from autoreid.data.comparing import leaking, leaks
+from autoreid.data.layout import DISTRACTOR, JUNK, PARTS, Layout, Reading, Sample, Splits
 from autoreid.data.locate import Found, find
 from autoreid.data.table import split
 from autoreid.errors import UserError
@@ -19,11 +20,11 @@ Parts = dict[str, list[Sample]]
 def check(name: str, root: str | os.PathLike[str] | None = None, read_images: bool = True) -> dict[str, Any]:
     """Look at every file of a dataset; ``read_images`` decodes each one (minutes on a large set).
 
-    Returns ``dataset, title, folder, protocol, train_part, splits {part: images, identities, cameras, junk,
-    distractors, unparsed}, single_image_identities, unmatched_queries, images_read, leaking [identity], missing [path],
-    unreadable [path], differs [line], problems [line]``, all plain JSON. A problem is one line that ends with what to
-    do; counts that differ from the official ones are none. Of joined datasets each is looked at, and a part is named
-    ``market train``. Raises UserError where there is no dataset to look at.
+    Returns ``dataset, title, edition, folder, protocol, train_part, splits {part: images, identities, cameras, junk,
+    distractors, unparsed}, single_image_identities, unmatched_queries, images_read, leaking [name], missing [path],
+    unreadable [path], differs [line], notes [line], problems [line]``, all plain JSON. A problem is one line that ends with
+    what to do; counts that differ from the official ones are none, nor is a note: how the set was understood. Of joined
+    datasets each is looked at, and a part is named ``market train``. Raises UserError where there is no dataset to look at.
     """
     reports = [_check(one, root, read_images) for one in split(name)]
     if len(reports) == 1:
@@ -32,6 +33,7 @@ def check(name: str, root: str | os.PathLike[str] | None = None, read_images: bo
     return {
         "dataset": "+".join(joined["dataset"]),
         "title": " + ".join(joined["title"]),
+        "edition": "+".join(edition for edition in joined["edition"] if edition),
         "folder": ", ".join(joined["folder"]),
         "protocol": joined["protocol"][0],
         "train_part": ", ".join(f"{report['dataset']}: {report['train_part']}" for report in reports),
@@ -42,8 +44,10 @@ def check(name: str, root: str | os.PathLike[str] | None = None, read_images: bo
         "leaking": sum(joined["leaking"], []),
         "missing": sum(joined["missing"], []),
         "unreadable": sum(joined["unreadable"], []),
-        "differs": [f"{report['dataset']} {line}" for report in reports for line in report["differs"]],
-        "problems": [f"{report['dataset']} {line}" for report in reports for line in report["problems"]],
+        **{
+            lines: [f"{report['dataset']} {line}" for report in reports for line in report[lines]]
+            for lines in ("differs", "notes", "problems")
+        },
     }
 
 
@@ -55,7 +59,11 @@ def describe(report: Mapping[str, Any]) -> str:
     lines += [
         f"{part:{width}}" + "".join(f"{count[name]:>13,}" for name in names) for part, count in report["splits"].items()
     ]
-    lines += [f"{line}; unpack the archive again, unless this is a subset on purpose" for line in report["differs"]]
+    without = ": the set has no cameras, so every image of an identity is a match" * (report["protocol"] == "plain")
+    lines += [f"protocol {report['protocol']}{without}", *report["differs"]]
+    if report["differs"]:
+        lines.append("unless this is a subset on purpose, unpack the archive again")
+    lines += [f"note: {line}" for line in report["notes"]]
     lines += [f"problem: {line}" for line in report["problems"]] or ["every file can be read, no problem found"]
     return "\n".join(lines)
 
@@ -65,18 +73,26 @@ def _check(name: str, root: str | os.PathLike[str] | None, read_images: bool) ->
     layout = found.layout
     parts: Parts = {}
     splits: dict[str, dict[str, int]] = {}
+    names: dict[int, str] = {}
     problems: list[str] = []
+    lacks = {part: found.lacks(part) for part in PARTS}
     for part in PARTS:
         reading = Reading([], [])
-        try:
-            reading = found.read(part)
-            problems += _part_problems(found, part, reading)
-        except UserError as fault:
-            problems.append(str(fault))
+        if fault := lacks[part]:  # said once, of all parts that want it
+            problems.append(str(found.incomplete(", ".join(p for p in PARTS if lacks[p] == fault), *fault)))
+        else:
+            try:
+                reading = found.read(part)
+                problems += _part_problems(found, part, reading)
+            except UserError as error:
+                problems.append(str(error))
         parts[part], splits[part] = reading.samples, _counts(reading)
+        names |= reading.names
 
-    leaking = _leaking(parts)
-    problems += _leak_problem(leaking) + _duplicate_problems(layout, parts)
+    train, query, gallery = (tuple(parts[part]) for part in PARTS)
+    protocol = layout.protocol_for(query, gallery)
+    whole = Splits(found.name, train, gallery if layout.one_test_list else query, gallery, protocol, names=names)
+    problems += leaks(whole)
     single = sum(count == 1 for count in Counter(s.identity for s in parts["train"] if s.identity > DISTRACTOR).values())
     if single:
         problems.append(
@@ -85,11 +101,13 @@ def _check(name: str, root: str | os.PathLike[str] | None, read_images: bool) ->
         )
     unmatched, lines = _match_problems(layout, parts["query"], parts["gallery"])
     problems += lines
-    if layout.faults is not None and any(parts.values()):
-        try:
-            problems += layout.faults(found.folder)
-        except UserError as fault:
-            problems.append(str(fault))
+    notes: list[str] = []
+    for look, into in ((layout.faults, problems), (layout.notes, notes)):
+        if look is not None and any(parts.values()):
+            try:
+                into += look(found.folder)
+            except UserError as error:
+                problems.append(str(error))
 
     paths = list(dict.fromkeys(path for samples in parts.values() for s in samples for path in s.frames or (s.path,)))
     missing = _those(paths, lambda path: not os.path.exists(path))
@@ -101,18 +119,20 @@ def _check(name: str, root: str | os.PathLike[str] | None, read_images: bool) ->
     return {
         "dataset": found.name,
         "title": f"drawn, in the layout of {layout.title}" if found.drawn else layout.title,
+        "edition": layout.edition,
         "folder": found.folder,
-        "protocol": layout.protocol_for(parts["query"], parts["gallery"]),
+        "protocol": protocol,
         "train_part": layout.train_part,
         "splits": splits,
         "single_image_identities": single,
         "unmatched_queries": unmatched,
         "images_read": read_images,
-        "leaking": leaking,
+        "leaking": leaking(whole),
         "missing": missing,
         "unreadable": unreadable,
         "differs": [] if found.drawn else _differs(layout, parts, splits),
-        "problems": problems,
+        "notes": notes,
+        "problems": list(dict.fromkeys(problems)),  # a list that all parts are read from has one fault
     }
 
 
@@ -143,76 +163,50 @@ def _part_problems(found: Found, part: str, reading: Reading) -> list[str]:
             f"is '{reading.strange[0]}'; rename or remove them"
         )
     nobody = sum(s.identity <= DISTRACTOR for s in reading.samples)
-    if nobody and part == "train":
+    if nobody and part != "gallery":
         problems.append(
-            f"train: {nobody} images have identity -1 or 0000 and are left out; number identities from 0001"
-        )
-    if part == "query" and any(s.identity == JUNK for s in reading.samples):
-        problems.append("query: images of identity -1 are left out; remove them or number their identities from 0001")
-    return problems
-
-
-def _leaking(parts: Parts) -> list[int]:
-    tested = {s.identity for part in ("query", "gallery") for s in parts[part]}
-    return sorted({s.identity for s in parts["train"] if s.identity > DISTRACTOR} & tested)
-
-
-def _leak_problem(leaking: list[int]) -> list[str]:
-    if not leaking:
-        return []
-    return [
-        f"{len(leaking)} identities are in train and in the test, the first are {', '.join(map(str, leaking[:3]))}: their "
-        "scores would be too good; take them out of one of the two"
-    ]
-
-
-def _duplicate_problems(layout: Layout, parts: Parts) -> list[str]:
-    """A file listed twice counts twice; trained on, or its own answer, it makes a score too good."""
-    problems = []
-    for part, samples in parts.items():
-        twice = [path for path, count in Counter(s.path for s in samples).items() if count > 1]
-        if twice:
-            problems.append(f"{part}: {len(twice)} files are listed twice, the first is {twice[0]}; list each once")
-    paths = {part: {s.path for s in samples} for part, samples in parts.items()}
-    for part in ("query", "gallery"):
-        both = sorted(paths["train"] & paths[part])
-        if both:
-            problems.append(f"{part}: {len(both)} files are also in train, the first is {both[0]}; list each in one part")
-    answers = sorted(paths["query"] & paths["gallery"])
-    if answers and layout.protocol_for(parts["query"], parts["gallery"]) == "plain":
-        problems.append(
-            f"query: {len(answers)} files are also in the gallery and, without cameras, their own best match, the first is "
-            f"{answers[0]}; list each in one part"
+            f"{part}: {nobody} images have identity -1 or 0000 and are left out; number identities from 0001"
         )
     return problems
 
 
 def _match_problems(layout: Layout, query: Sequence[Sample], gallery: Sequence[Sample]) -> tuple[int, list[str]]:
-    """How many queries have no match that counts, and why. From a single test list the protocol draws those that have."""
-    if layout.one_test_list or not query or not gallery:
+    """How many of the queries that ask (junk and distractors do not) have no match that counts, and why."""
+    asking = [s for s in query if s.identity > DISTRACTOR]
+    answering = [s for s in gallery if s.identity > DISTRACTOR]
+    if not asking or not answering:
         return 0, []
+    if layout.one_test_list and layout.cameras == 0:  # a single image is drawn into the gallery and does not ask
+        if max(Counter(s.identity for s in query).values()) > 1:
+            return 0, []
+        return len(asking), [
+            f"none of the {len(asking)} identities of the test list has a second image, so that nobody can ask and nothing "
+            "can be scored; copy the list again"
+        ]
     by_camera = layout.protocol_for(query, gallery) != "plain"
-    seen: Mapping[int, set[int]] = defaultdict(set)
-    for sample in gallery:
-        seen[sample.identity].add(sample.camera)
-    unmatched = sum(s.identity == JUNK or not seen[s.identity] - ({s.camera} if by_camera else set()) for s in query)
-    cameras = {s.camera for s in gallery if s.identity != JUNK}
-    if by_camera and len(cameras) == 1 and unmatched:
-        return unmatched, [
-            f"every gallery image has camera {cameras.pop()}: {unmatched} of {len(query)} queries have no match by another "
-            "camera and will not be scored; give the true cameras, or use --protocol plain"
-        ]
-    if unmatched and by_camera:
-        return unmatched, [
-            f"query: {unmatched} of {len(query)} queries have no gallery image of their identity from another "
+    seen: dict[int, set[int]] = {}
+    for sample in answering:
+        seen.setdefault(sample.identity, set()).add(sample.camera)
+    lost = [s for s in asking if not seen.get(s.identity, set()) - ({s.camera} if by_camera else set())]
+    if not lost:
+        return 0, []
+    cameras = {s.camera for s in answering}
+    if by_camera and len(cameras) == 1 and any(s.identity in seen for s in lost):
+        line = (
+            f"every gallery image has camera {cameras.pop()}: {len(lost)} of {len(asking)} queries have no match by "
+            "another camera and will not be scored; give the true cameras, or use --protocol plain"
+        )
+    elif by_camera:
+        line = (
+            f"query: {len(lost)} of {len(asking)} queries have no gallery image of their identity from another "
             "camera and will not be scored; check the camera numbers in the names, or use --protocol plain"
-        ]
-    if unmatched:
-        return unmatched, [
-            f"query: {unmatched} of {len(query)} queries have no gallery image of their identity and will not be scored; "
+        )
+    else:
+        line = (
+            f"query: {len(lost)} of {len(asking)} queries have no gallery image of their identity and will not be scored; "
             "add gallery images of them, or remove them"
-        ]
-    return 0, []
+        )
+    return len(lost), [line]
 
 
 def _those(paths: Sequence[str], condition: Callable[[str], bool]) -> list[str]:
@@ -232,7 +226,7 @@ def _broken(path: str) -> bool:
     try:
         with Image.open(path) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # as pictures.UNREADABLE
         return True
     return False
 
@@ -244,8 +238,8 @@ def _differs(layout: Layout, parts: Parts, splits: dict[str, dict[str, int]]) ->
             ("images", layout.unit, layout.images.get(part)), ("identities", "identities", layout.identities.get(part))
         ):  # fmt: skip
             if official is not None and counts[what] != official:
-                lines.append(f"{part}: {counts[what]:,} {unit} differs from the official {official:,}")
+                lines.append(f"{part}: {counts[what]:,} {unit}, officially {official:,}")
     cameras = len(_cameras(s for samples in parts.values() for s in samples))
     if layout.cameras is not None and cameras != layout.cameras:
-        lines.append(f"{cameras} cameras differs from the official {layout.cameras}")
+        lines.append(f"{cameras} cameras, officially {layout.cameras}")
     return lines

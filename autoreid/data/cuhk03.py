@@ -21,7 +21,7 @@ from functools import partial
 
 from autoreid.data.cuhk03_raw import NAME, classic_sets, extracted
 from autoreid.data.layout import Layout, Reading, Sample, image_names, read_named
-from autoreid.data.mat_files import load_mat, variable
+from autoreid.data.mat_files import load_mat, variable, whole_numbers
 from autoreid.errors import UserError
 
 Read = Callable[[str, str], Reading]
@@ -52,14 +52,15 @@ def _read_new(flavour: str, images: str, config: str, folder: str, part: str) ->
     """The new protocol's rows; identities are its ``labels``, which count the people of all five pairs of cameras."""
     path = os.path.join(folder, config)
     content = load_mat(path)
-    rows, labels, names = (variable(path, content, name).flatten() for name in (f"{part}_idx", "labels", "filelist"))
+    rows, labels = (whole_numbers(path, content, name).flatten() for name in (f"{part}_idx", "labels"))
+    names = variable(path, content, "filelist").flatten()
     source = os.path.join(folder, images)
     directory = source if os.path.isdir(source) else extracted(source, flavour)
     samples = []
     for row in rows.tolist():
         if not 1 <= row <= min(len(names), len(labels)):
             raise UserError(f"{path} names image {row} of {len(names)}; copy it again")
-        name = str(names[row - 1].flatten()[0])
+        name = str(next(iter(names[row - 1].flatten()), ""))  # a cell of a cell, which may be empty
         match = NAME.match(name)
         if match is None:
             raise UserError(f"{path} names '{name}', which is not like 1_001_1_01.png; copy it again")

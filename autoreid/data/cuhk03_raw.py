@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def extracted(mat: str, flavour: str) -> str:
 
 def classic_sets(mat: str) -> list[set[tuple[int, int]]]:
     """The (pair, person) of each of the 20 test sets."""
-    with open_hdf5(mat) as file:
+    with open_hdf5(mat) as file, _as_published(mat, "testsets"):
         sets = [file[people][()].T.astype(int).tolist() for people in _cell(file, mat, "testsets").ravel()]
-    return [{(pair, person) for pair, person in people} for people in sets]
+        return [{(pair, person) for pair, person in sets[number]} for number in range(20)]
 
 
 def _extract(mat: str, flavour: str, folder: Path) -> None:
@@ -57,11 +58,25 @@ def _extract(mat: str, flavour: str, folder: Path) -> None:
 
     say(f"extracting the {flavour} images of {mat} to {folder.parent}, once")
     with open_hdf5(mat) as file:
-        pairs = [file[pair][()].T for pair in _cell(file, mat, flavour).ravel()]  # people x 10 references each
-        people = sum(len(pair) for pair in pairs)
-        for name, pixels in progress(_images(file, pairs), people * 10, f"CUHK03 {flavour}"):
+        with _as_published(mat, flavour):
+            pairs = [file[pair][()].T for pair in _cell(file, mat, flavour).ravel()]  # people x 10 references each
+            people = sum(len(pair) for pair in pairs)
+        for name, pixels in progress(_images(file, mat, pairs), people * 10, f"CUHK03 {flavour}"):
             Image.fromarray(pixels).save(folder / name)
     (folder / COMPLETE).write_text(json.dumps({"of": mat, "boxes": flavour, "people": people}))
+
+
+@contextmanager
+def _as_published(mat: str, name: str) -> Iterator[None]:
+    """What is not laid out so (a matrix instead of cells, say) fails in many ways, all with one cure."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OSError) as fault:
+        raise UserError(
+            f"'{name}' of {mat} is not laid out as in CUHK03's cuhk-03.mat ({type(fault).__name__}); copy the original file"
+        ) from fault
 
 
 def _cell(file: Any, mat: str, name: str) -> Any:
@@ -70,14 +85,19 @@ def _cell(file: Any, mat: str, name: str) -> Any:
     return file[name][()]
 
 
-def _images(file: Any, pairs: list[Any]) -> Iterator[tuple[str, Any]]:
+def _images(file: Any, mat: str, pairs: list[Any]) -> Iterator[tuple[str, Any]]:
     """File name and pixels (H x W x 3, uint8) of each image."""
     for pair, cells in enumerate(pairs, start=1):
         for person, row in enumerate(cells, start=1):
             for image, cell in enumerate(row, start=1):
-                pixels = file[cell][()]
-                if pixels.ndim == 3:  # an empty cell is stored as its two sizes
-                    yield f"{pair}_{person:03d}_{1 if image <= 5 else 2}_{image:02d}.png", pixels.T.copy()
+                name = f"{pair}_{person:03d}_{1 if image <= 5 else 2}_{image:02d}.png"
+                with _as_published(mat, f"image {name}"):
+                    pixels = file[cell][()].T
+                    if pixels.ndim != 3:  # an empty cell is stored as its two sizes
+                        continue
+                    if pixels.shape[2] != 3 or pixels.dtype != "uint8":
+                        raise TypeError("no colour image")
+                yield name, pixels.copy()
 
 
 def _publish(temporary: Path, folder: Path) -> None:

@@ -26,6 +26,13 @@ def join(splits: Sequence[Splits]) -> Splits:
         train=tuple(train),
         train_part=parts.pop() if len(parts) == 1 else ", ".join(f"{one.name}: {one.train_part}" for one in splits),
         title=" + ".join(one.title for one in splits),
+        edition="+".join(one.edition for one in splits if one.edition),
+        names={
+            identity + k * STRIDE: name
+            for k, one in enumerate(splits)
+            for identity, name in one.names.items()
+            if identity > 0
+        },
     )
 
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 JUNK = -1  # a bad detection: left out of every part
 DISTRACTOR = 0  # ranked in the gallery, matches nothing, never trained on
 PARTS = ("train", "query", "gallery")
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 class Sample(NamedTuple):
-    """One image file: its absolute path, who is in it, and which camera took it (0 where the set has no cameras).
+    """One image file: its absolute path, who is in it, and which camera took it (0 where the set has no cameras: a user's
+    cameras are counted from 1, see :func:`number_cameras`).
 
     A tracklet is one sample: ``frames`` are the paths of all its images, ``path`` the first of them.
     """
@@ -37,8 +39,9 @@ class Splits:
     """The parts of a dataset that were asked for (the others are empty); ``junk`` gallery files were left out.
 
     ``train_part`` names the lists that were trained on ("train", "train+val"): rows of a table that differ in it are
-    not comparable. ``title`` says which edition was found ("MSMT17 V2"). Where a protocol draws its gallery from one
-    list of test images (VehicleID), ``query`` and ``gallery`` are both that list, the same object.
+    not comparable. So are those that differ in the ``edition`` ("MSMT17_V2"; "" where a set has one only); ``title`` says
+    it to people. ``names``: what the user calls an identity, where it is not the number. Where a protocol draws its gallery
+    from one list of test images (VehicleID), ``query`` and ``gallery`` are both that list, the same object.
     """
 
     name: str
@@ -49,13 +52,23 @@ class Splits:
     junk: int = 0
     train_part: str = "train"
     title: str = ""
+    edition: str = ""
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    def name_of(self, identity: int) -> str:
+        """What the list, folder or file name calls an identity."""
+        return self.names.get(identity, str(identity))
 
 
 class Reading(NamedTuple):
-    """One part as it lies on disk, junk and distractors included; ``strange`` images have a name that says nothing."""
+    """One part as it lies on disk, junk and distractors included; ``strange`` images have a name that says nothing.
+
+    ``names``: see :class:`Splits`.
+    """
 
     samples: list[Sample]
     strange: list[str]
+    names: Mapping[int, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,8 @@ class Layout:
     root: str = ""  # what --root names, where it is not a folder that holds one of ``folders``
     notice: str = ""  # said once, before the set is read
     faults: Callable[[str], list[str]] | None = None  # (folder): what only this set can get wrong, a line each
+    notes: Callable[[str], list[str]] | None = None  # (folder): how it was understood, where that is worth a line
+    edition: str = ""  # its name, where the set was published in several
 
     def protocol_for(self, query: Sequence[Sample], gallery: Sequence[Sample]) -> str:
         """The set's protocol; of an own set market1501 where query and gallery have cameras, else plain."""
@@ -147,3 +162,21 @@ def image_names(directory: str) -> list[str]:
     return sorted(
         name for name in os.listdir(directory) if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
     )
+
+
+def number_cameras(labels: Iterable[str]) -> dict[str, int]:
+    """Camera by what a user calls it: a number stays, but where a 0 is among them all move up by one, as 0 is no camera;
+    names (and what is no number for a computer) count from 1 in sorted order."""
+    distinct = sorted(set(labels))
+    if all(label.isdecimal() and len(label) < 19 for label in distinct):  # 19 digits may be beyond 64 bits
+        up = any(int(label) == 0 for label in distinct)
+        return {label: int(label) + up for label in distinct}
+    return {label: number for number, label in enumerate(distinct, start=1)}
+
+
+def moved_up(labels: Iterable[str]) -> list[str]:
+    """The line that says so, where :func:`number_cameras` moves them."""
+    numbers = number_cameras(labels)
+    if not numbers or any(not label.isdecimal() or camera != int(label) + 1 for label, camera in numbers.items()):
+        return []
+    return ["cameras count from 0 and are all moved up by one, as 0 stands for no camera: camera 0 is 1 here"]

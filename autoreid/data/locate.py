@@ -25,10 +25,26 @@ class Found:
 
     def read(self, part: str) -> Reading:
         """One part; raises UserError where its lists or folders are missing or damaged."""
+        if lacks := self.lacks(part):
+            raise self.incomplete(part, *lacks)
+        reading = self.layout.read(self.folder, part)
+        for sample in reading.samples:
+            if max(abs(sample.identity), abs(sample.camera)) >= 2**63:
+                raise UserError(
+                    f"dataset '{self.name}' at {self.folder}: {sample.path} ({part}) has identity {sample.identity} and "
+                    f"camera {sample.camera}, and numbers must be below 2^63; renumber them"
+                )
+        return reading
+
+    def lacks(self, part: str) -> tuple[str, str] | None:
+        """The first path without which the part cannot be read, and what is wrong with it."""
         for path in self.layout.needs.get(part, ()):
-            if not os.path.exists(os.path.join(self.folder, path)):
-                raise self._incomplete(part, path, "is missing")
-        return self.layout.read(self.folder, part)
+            whole, kind = os.path.join(self.folder, path), _kind(path)
+            if not os.path.exists(whole):
+                return path, "is missing"
+            if os.path.isdir(whole) != (kind == "folder"):
+                return path, f"is no {kind}"
+        return None
 
     def empty(self, part: str, reading: Reading) -> UserError:
         """Why a part that could be read has no samples."""
@@ -39,12 +55,11 @@ class Found:
                 f"like {self.layout.example} (identity, camera), the first is '{reading.strange[0]}'; "
                 "rename them or choose another --dataset"
             )
-        return self._incomplete(part, path, "names no images" if _is_file(path) else "holds no images")
+        return self.incomplete(part, path, "names no images" if _kind(path) == "file" else "holds no images")
 
-    def _incomplete(self, part: str, path: str, fault: str) -> UserError:
-        kind = "file" if _is_file(path) else "folder"
+    def incomplete(self, parts: str, path: str, fault: str) -> UserError:
         return UserError(
-            f"dataset '{self.name}' at {self.folder} is incomplete: {kind} '{path}' ({part}) {fault}; "
+            f"dataset '{self.name}' at {self.folder} is incomplete: {_kind(path)} '{path}' ({parts}) {fault}; "
             f"copy the whole dataset again ({', '.join(self.layout.needed())})"
         )
 
@@ -78,15 +93,37 @@ def find(name: str, root: str | os.PathLike[str] | None, parts: Sequence[str]) -
 
 
 def _best(layouts: Sequence[Layout], base: str, parts: Sequence[str]) -> tuple[Layout, str] | None:
-    """Where the largest share of the needed paths exists, the earlier candidate where shares are equal."""
-    best, most = None, 0.0
+    """Where the largest share of the needed paths exists; where shares are equal in the folder that is called like the
+    edition, and else in the earlier candidate. Raises UserError where two editions are whole: which is meant?"""
+    best, most = None, (0.0, True)
+    editions: dict[str, str] = {}
     for layout in layouts:
         wanted = [path for part in parts or PARTS for path in layout.needs.get(part, ())]
-        for folder in [os.path.join(base, *name.split("/")) for name in layout.folders] + [base]:
+        for folder in _places(layout, base):
             there = [os.path.exists(os.path.join(folder, path)) for path in wanted] or [os.path.exists(folder)]
-            if sum(there) / len(there) > most:
-                best, most = (layout, folder), sum(there) / len(there)
+            found = sum(there) / len(there), layout.edition.lower() in os.path.basename(folder).lower()
+            if found > most:
+                best, most = (layout, folder), found
+            if layout.edition and all(there):
+                editions.setdefault(layout.edition, folder)
+    if len(editions) > 1:
+        both = ", ".join(f"{edition} in {folder}" for edition, folder in editions.items())
+        choice = " or ".join(f"--root {folder}" for folder in dict.fromkeys(editions.values()))
+        raise UserError(
+            f"two editions with other pictures are under {base}: {both}; "
+            + (f"give {choice}, or " if len(set(editions.values())) > 1 else "")
+            + "move one of them elsewhere"
+        )
     return best
+
+
+def _places(layout: Layout, base: str) -> list[str]:
+    """Where it may lie: an archive's folder is often unpacked into a folder of its own name."""
+    places = []
+    for name in layout.folders:
+        *above, own = name.split("/")
+        places += [os.path.join(base, *above, own, own), os.path.join(base, *above, own)]
+    return [*places, base]
 
 
 def _nowhere(name: str, layouts: Sequence[Layout], base: str) -> UserError:
@@ -99,7 +136,7 @@ def _nowhere(name: str, layouts: Sequence[Layout], base: str) -> UserError:
     for layout in layouts:
         if not any(path in way for way in ways for path in layout.needed()) and layout.folders:
             ways.append(layout.needed())
-    wanted = " or ".join(f"{'' if any(map(_is_file, way)) else 'the folders '}{', '.join(way)}" for way in ways)
+    wanted = " or ".join(f"{'' if 'file' in map(_kind, way) else 'the folders '}{', '.join(way)}" for way in ways)
     return UserError(
         f"dataset '{name}' is not under {base}{gone}: looked there and in its {', '.join(folders)} for {wanted}; "
         f"give --root {_what_root_is(layouts)}"
@@ -113,7 +150,7 @@ def _what_root_is(layouts: Sequence[Layout]) -> str:
     return f"the folder that holds {next(f for f in layouts[0].folders if '/' not in f)}, or that folder itself"
 
 
-def _is_file(path: str) -> bool:
-    return bool(os.path.splitext(path)[1])
+def _kind(path: str) -> str:
+    return "file" if os.path.splitext(path)[1] else "folder"
 
 

@@ -9,6 +9,7 @@ from functools import partial
 
 from autoreid.data import market
 from autoreid.data.layout import DISTRACTOR, JUNK, Layout, Reading, Sample, image_names, read_named
+from autoreid.errors import UserError
 
 IMAGES = ("images", "../images", "distractors_500k/images", "../distractors_500k/images")
 
@@ -18,8 +19,10 @@ def _read(images: str, folder: str, part: str) -> Reading:
     if part != "gallery":
         return known
     directory = os.path.normpath(os.path.join(folder, images))
-    more = []
-    for file in image_names(directory):
+    more, files = [], image_names(directory)
+    if not files:  # else plain Market would be scored under this name
+        raise UserError(f"{directory} holds no images; move the distractors' images into it, not one folder down")
+    for file in files:
         match = market.PATTERN.match(file)
         identity = JUNK if match and int(match[1]) == JUNK else DISTRACTOR
         more.append(Sample(os.path.join(directory, file), identity, int(match[2]) if match else 0))

@@ -12,10 +12,9 @@ and 11,310 without junk. Taking the queries out, as some toolkits do, leaves 140
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from autoreid.data.layout import Layout, Reading, Sample
-from autoreid.data.mat_files import load_mat, variable
+from autoreid.data.mat_files import load_mat, whole_numbers
 from autoreid.data.text import lines_of
 from autoreid.errors import UserError
 
@@ -32,20 +31,25 @@ def _read(folder: str, part: str) -> Reading:
     names, tracks, images = PARTS[part][:3]
     path = os.path.join(folder, tracks)
     side = "train" if part == "train" else "test"
-    rows = variable(path, load_mat(path), f"track_{side}_info", f"tracks_{side}_info").tolist()
-    files = [name for _, name in lines_of(os.path.join(folder, names))]
-    samples = [_tracklet(row, number, files, os.path.join(folder, images), path) for number, row in enumerate(rows, 1)]
+    rows = whole_numbers(path, load_mat(path), f"track_{side}_info", f"tracks_{side}_info")
+    if rows.ndim != 2 or rows.shape[1] != 4:
+        raise UserError(
+            f"{path} is a table of {' x '.join(map(str, rows.shape))} and must have 4 columns (first frame, last frame, "
+            "identity, camera); copy info/ again"
+        )
+    files, place = [name for _, name in lines_of(os.path.join(folder, names))], os.path.join(folder, images)
+    samples = [_tracklet(row, number, files, place, path) for number, row in enumerate(rows.tolist(), 1)]
     if part == "query":
         path = os.path.join(folder, QUERY)
-        asking = variable(path, load_mat(path), "query_IDX").flatten().tolist()
+        asking = whole_numbers(path, load_mat(path), "query_IDX").flatten().tolist()
         if not all(1 <= row <= len(samples) for row in asking):
             raise UserError(f"{path} names tracklets beyond the {len(samples)} of {tracks}; copy info/ again")
-        samples = [samples[int(row) - 1] for row in asking]
+        samples = [samples[row - 1] for row in asking]
     return Reading(samples, [])
 
 
-def _tracklet(row: list[Any], number: int, files: list[str], images: str, path: str) -> Sample:
-    first, last, identity, camera = (int(value) for value in row)
+def _tracklet(row: list[int], number: int, files: list[str], images: str, path: str) -> Sample:
+    first, last, identity, camera = row
     if not 1 <= first <= last <= len(files):
         raise UserError(
             f"{path} row {number} is frames {first} to {last} of {len(files)} in the list of names; copy info/ again"

@@ -42,8 +42,22 @@ def variable(path: str, content: dict[str, Any], *names: str) -> Any:
     )
 
 
+def whole_numbers(path: str, content: dict[str, Any], *names: str) -> Any:
+    """The same variable as int64: MATLAB stores counts as doubles wherever nobody said otherwise."""
+    import numpy as np
+
+    value = np.asarray(variable(path, content, *names))
+    if value.dtype.kind not in "iuf" or not (np.isfinite(value) & (value == np.floor(value))).all():
+        name = next(name for name in names if name in content)
+        raise UserError(f"{path}: variable {name} must hold whole numbers and does not; copy the original file again")
+    return value.astype(np.int64)
+
+
 def _missing(path: str, package: str) -> UserError:
-    return UserError(f"reading {path} needs the package {package}: pip install {package}, or 'autoreid[datasets]'")
+    return UserError(
+        f"reading {path} needs the package {package}: pip install h5py scipy, or pip install '.[datasets]' in autoreid's "
+        "folder"
+    )
 
 
 def _damaged(path: str, fault: Exception) -> UserError:

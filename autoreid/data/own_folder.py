@@ -5,47 +5,69 @@
 * Without the three parts, identities are dealt by sorted name, every second one to the test. There the first image of an
   identity by each camera asks, as long as every query keeps a match (by another camera), and the rest answer.
 * The camera is the number after ``_c`` in the file name, ``17_c3_001.jpg``, if all images of a part have one; else the
-  first group of the pattern in ``DIR/autoreid.json``, ``{"camera": "cam(\\\\d+)"}``. Without cameras the protocol is plain.
+  first group of the pattern in ``DIR/autoreid.json``, ``{"camera": "cam(\\\\d+)"}``, a number or a name. Train's cameras
+  are numbered by themselves (``layout.number_cameras``), the test's by themselves. Without cameras the protocol is plain.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from autoreid.data.layout import JUNK, PARTS, Layout, Reading, Sample, image_names
+from autoreid.data.layout import JUNK, PARTS, Layout, Reading, Sample, image_names, moved_up, number_cameras
 from autoreid.errors import UserError, unknown
 from autoreid.options import read_json
 
 PATTERN = re.compile(r"_c(\d+)")
 SETTINGS = "autoreid.json"
+EXAMPLE = '{"camera": "cam(\\\\d+)"}'  # as it stands in the file: JSON wants a backslash twice
+LIKELY_PARTS = {  # what people call a part
+    "training": "train", "trainset": "train", "bounding_box_train": "train", "probe": "query", "probes": "query",
+    "queries": "query", "test": "gallery", "testing": "gallery", "bounding_box_test": "gallery",
+}  # fmt: skip
+UNREAD = (".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".ppm", ".tga")  # pictures, but not ours
+SIDES = (("train",), ("query", "gallery"))
+
+People = dict[str, list[str]]  # identity: its file names
 
 
 def _read(folder: str, part: str) -> Reading:
-    if not _in_parts(folder):
+    if not os.path.isdir(folder):
+        raise UserError(f"dataset 'folder': {folder} is a file; give --root {LAYOUT.root} (for a list take dataset 'csv')")
+    at = _parts(folder)
+    if not at:
         return _dealt(folder, part)
-    if not os.path.isdir(os.path.join(folder, part)):
+    if part not in at:
+        likely = [f" (rename '{name}'?)" for name in _folders(folder) if LIKELY_PARTS.get(name.lower()) == part]
         raise UserError(
-            f"dataset 'folder' at {folder}: there is no folder '{part}'; give {', '.join(PARTS)} with one folder per "
-            "identity each, or one folder per identity and none of the three"
+            f"dataset 'folder' at {folder}: there is no folder '{part}'{''.join(likely[:1])}; "
+            f"give {', '.join(PARTS)} with one folder per identity each, or one folder per identity and none of the three"
         )
-    train = _people(os.path.join(folder, "train"))
-    test = {name for side in ("query", "gallery") for name in _people(os.path.join(folder, side))}
+    side = next(side for side in SIDES if part in side)
+    train = _folders(at["train"]) if "train" in at else []
+    test = {name for other in SIDES[1] if other in at for name in _folders(at[other])}
     numbers = number(train) if part == "train" else number(train, test)
-    directory = os.path.join(folder, part)
-    people = {name: image_names(os.path.join(directory, name)) for name in _people(directory)}
-    if not any(people.values()):
+    listed = {other: _people(at[other]) for other in side if other in at}
+    if not any(listed[part].values()):
+        own = os.path.basename(at[part])
         raise UserError(
-            f"dataset 'folder' at {folder}: folder '{part}' holds no images in a folder per identity; "
-            f"move them to {part}/<identity>/"
+            f"dataset 'folder' at {folder}: folder '{own}' holds no images in a folder per identity; "
+            f"move them to {own}/<identity>/"
         )
-    return _samples(folder, directory, people, numbers)
+    return _samples(folder, at[part], listed[part], numbers, _cameras(folder, listed.values()))
 
 
 def _dealt(folder: str, part: str) -> Reading:
     """The identities of one half; of the test half, who asks or who answers."""
-    everybody = _people(folder)
+    everybody = _folders(folder)
+    parts = {name: LIKELY_PARTS.get(name.lower(), name.lower()) for name in everybody}
+    parts = {name: part for name, part in parts.items() if part in PARTS and _holds_people(os.path.join(folder, name))}
+    if parts:
+        raise UserError(
+            f"dataset 'folder' at {folder}: these hold folders, as parts do and identities do not: {', '.join(parts)}; the "
+            f"parts are {', '.join(PARTS)}: rename {', '.join(f'{name} to {part}' for name, part in parts.items())}"
+        )
     ordinary = [name for name in everybody if name != str(JUNK)]
     if len(ordinary) < 2:
         raise UserError(
@@ -54,7 +76,10 @@ def _dealt(folder: str, part: str) -> Reading:
         )
     chosen = ordinary[0::2] if part == "train" else ordinary[1::2]
     numbers = number(ordinary)
-    reading = _samples(folder, folder, {name: image_names(os.path.join(folder, name)) for name in chosen}, numbers)
+    people = {name: image_names(os.path.join(folder, name)) for name in chosen}
+    junk = {name: image_names(os.path.join(folder, name)) for name in everybody if name == str(JUNK)}
+    cameras = _cameras(folder, [people] if part == "train" else [people, junk])
+    reading = _samples(folder, folder, people, numbers, cameras)
     if part == "train":
         kept = reading.samples
     else:
@@ -64,15 +89,15 @@ def _dealt(folder: str, part: str) -> Reading:
         by_camera = len({sample.camera for sample in reading.samples}) > 1
         asking = {sample for images in of.values() for sample in _asking(images, by_camera)}
         kept = [sample for sample in reading.samples if (sample in asking) == (part == "query")]
-    if part == "gallery" and len(ordinary) < len(everybody):
-        kept += _samples(folder, folder, {str(JUNK): image_names(os.path.join(folder, str(JUNK)))}, numbers).samples
+    if part == "gallery" and junk:
+        kept += _samples(folder, folder, junk, numbers, cameras).samples
     if not kept:
         cure = "each needs two images, by two cameras where there are cameras" if part == "query" else "add images"
         raise UserError(
             f"dataset 'folder' at {folder} has no {part} images among its {len(chosen)} "
             f"{'training' if part == 'train' else 'test'} identities (every second folder tests): {cure}"
         )
-    return Reading(kept, reading.strange)
+    return reading._replace(samples=kept)
 
 
 def _asking(images: Sequence[Sample], by_camera: bool) -> list[Sample]:
@@ -93,48 +118,70 @@ def number(train: Iterable[str], test: Iterable[str] = ()) -> dict[str, int]:
     return {**numbers, str(JUNK): JUNK}
 
 
-def _in_parts(folder: str) -> bool:
-    there = [os.path.isdir(os.path.join(folder, part)) for part in PARTS]
-    return there[0] or (there[1] and there[2])
+def _parts(folder: str) -> dict[str, str]:
+    """The folder of each part, whatever its capitals; none where the folders are identities."""
+    at: dict[str, str] = {}
+    for name in sorted(_folders(folder), reverse=True):  # small letters first
+        if name.lower() in PARTS:
+            at.setdefault(name.lower(), os.path.join(folder, name))
+    return at if "train" in at or {"query", "gallery"} <= set(at) else {}
 
 
-def _people(directory: str) -> list[str]:
-    """The folders of identities, by name; hidden ones and what an archiver left are none."""
-    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-    return [
+def _folders(directory: str) -> list[str]:
+    """By name; hidden ones and what an archiver left are none."""
+    return sorted(
         name
-        for name in names
+        for name in os.listdir(directory)
         if not name.startswith((".", "__MACOSX")) and os.path.isdir(os.path.join(directory, name))
-    ]
+    )
 
 
-def _samples(folder: str, directory: str, people: dict[str, list[str]], numbers: dict[str, int]) -> Reading:
+def _people(directory: str) -> People:
+    return {name: image_names(os.path.join(directory, name)) for name in _folders(directory)}
+
+
+def _holds_people(directory: str) -> bool:
+    """Whether it has folders and no images, as a part."""
+    return not image_names(directory) and bool(_folders(directory))
+
+
+def _samples(
+    folder: str, directory: str, people: People, numbers: dict[str, int], cameras: Mapping[str, int]
+) -> Reading:
     pattern, declared = _camera_pattern(folder)
     files = [(name, file) for name, images in people.items() for file in images]
     matches = [pattern.search(file) for _, file in files]
-    if declared and files and not any(matches):
-        raise UserError(
-            f"{os.path.join(folder, SETTINGS)}: the camera pattern '{pattern.pattern}' fits none of {len(files)} file "
-            f"names, the first is '{files[0][1]}'; mend the pattern, or delete the file to go without cameras"
-        )
     named = declared or all(matches)
     samples, strange = [], []
     for (name, file), match in zip(files, matches, strict=True):
         if named and match is None:
             strange.append(os.path.join(name, file))
         else:
-            camera = _camera(folder, match, file) if named and match else 0
+            camera = cameras[match[1]] if named and match else 0
             samples.append(Sample(os.path.join(directory, name, file), numbers[name], camera))
-    return Reading(samples, strange)
+    return Reading(samples, strange, {number: name for name, number in numbers.items()})
 
 
-def _camera(folder: str, match: re.Match[str], file: str) -> int:
-    if not (match[1] or "").isdigit():
+def _labels(folder: str, sides: Iterable[People]) -> set[str]:
+    """What the file names call their cameras."""
+    pattern, declared = _camera_pattern(folder)
+    files = [file for people in sides for images in people.values() for file in images]
+    matches = {file: pattern.search(file) for file in files}
+    for file, match in matches.items():
+        if match and not match[1]:
+            raise UserError(
+                f"{os.path.join(folder, SETTINGS)}: in '{file}' the pattern's group is empty; put it around the camera"
+            )
+    if declared and files and not any(matches.values()):
         raise UserError(
-            f"{os.path.join(folder, SETTINGS)}: in '{file}' the pattern's group is '{match[1]}', which is no camera "
-            "number; put the group around the digits"
+            f"{os.path.join(folder, SETTINGS)}: the camera pattern '{pattern.pattern}' fits none of {len(files)} file "
+            f"names, the first is '{files[0]}'; mend the pattern, or delete the file to go without cameras"
         )
-    return int(match[1])
+    return {match[1] for match in matches.values() if match}
+
+
+def _cameras(folder: str, sides: Iterable[People]) -> dict[str, int]:
+    return number_cameras(_labels(folder, sides))
 
 
 def _camera_pattern(folder: str) -> tuple[re.Pattern[str], bool]:
@@ -142,34 +189,71 @@ def _camera_pattern(folder: str) -> tuple[re.Pattern[str], bool]:
     path = os.path.join(folder, SETTINGS)
     if not os.path.exists(path):
         return PATTERN, False
-    settings = read_json(path, "dataset settings")
+    try:
+        settings = read_json(path, "dataset settings")
+    except UserError as fault:
+        raise UserError(f"{fault}; such as {EXAMPLE}, where every backslash is written twice") from None
     if not isinstance(settings, dict):
-        raise UserError(f'{path} must be an object such as {{"camera": "cam(\\\\d+)"}}')
+        raise UserError(f"{path} must be an object such as {EXAMPLE}")
     for key in settings:
         if key != "camera":
             raise unknown(f"setting in {path}", key, ["camera"])
     try:
         pattern = re.compile(settings.get("camera", PATTERN.pattern))
     except (re.error, TypeError) as fault:
-        raise UserError(f"{path}: camera is no regular expression ({fault}); such as cam(\\d+)") from None
+        raise UserError(f"{path}: camera is no regular expression ({fault}); such as {EXAMPLE}") from None
     if pattern.groups != 1:
-        raise UserError(f"{path}: the camera pattern has {pattern.groups} groups and must have one, around the number")
+        raise UserError(f"{path}: the camera pattern has {pattern.groups} groups and must have one, around the camera")
     return pattern, "camera" in settings
 
 
+def _listed(folder: str) -> list[tuple[str, People]]:
+    """Each folder that holds folders of identities, and these."""
+    return [(directory, _people(directory)) for directory in _parts(folder).values() or [folder]]
+
+
 def _faults(folder: str) -> list[str]:
-    """Cameras that some images have and others not, which is nearly always an oversight."""
-    if _camera_pattern(folder)[1]:
-        return []
-    directories = [os.path.join(folder, part) for part in PARTS] if _in_parts(folder) else [folder]
-    names = [file for d in directories for name in _people(d) for file in image_names(os.path.join(d, name))]
+    """Cameras that some images have and others not, and what is not read: nearly always an oversight."""
+    lines, listed = [], _listed(folder)
+    names = [file for _, people in listed for images in people.values() for file in images]
     without = [file for file in names if not PATTERN.search(file)]
-    if not 0 < len(without) < len(names):
-        return []
-    return [
-        f"{len(without)} of {len(names)} file names have no camera (_c and a number), the first is '{without[0]}': cameras "
-        f"are ignored where any is missing; rename them, or give a pattern in {os.path.join(folder, SETTINGS)}"
+    if 0 < len(without) < len(names) and not _camera_pattern(folder)[1]:
+        lines.append(
+            f"{len(without)} of {len(names)} file names have no camera (_c and a number), the first is '{without[0]}': "
+            f"cameras are ignored where any is missing; rename them, or give a pattern in {os.path.join(folder, SETTINGS)}"
+        )
+    own = [(os.path.join(directory, name), images) for directory, people in listed for name, images in people.items()]
+    inside = {at: [os.path.join(at, name) for name in _folders(at)] for at, _ in own}
+    inner = {at: [one for one in inside[at] if image_names(one)] for at in inside}
+    skipped = {
+        ("images beside the folders of identities", "move each into its identity's folder"): [
+            os.path.join(directory, name) for directory, _ in listed for name in image_names(directory)
+        ],
+        ("folders inside an identity's folder", "move their images up"): [one for at in inner for one in inner[at]],
+        ("pictures that are no .jpg, .png, .bmp or .webp", "save them as one of these"): [
+            os.path.join(at, name)
+            for at, _ in own
+            for name in sorted(os.listdir(at))
+            if name.lower().endswith(UNREAD) and not name.startswith(".")
+        ],
+        ("folders of identities without any image", "fill or remove them"): [
+            at for at, images in own if not images and not inner[at]
+        ],
+        ("folders beside the parts", f"the parts are {', '.join(PARTS)}"): [
+            at for name in _folders(folder) if _parts(folder) and (at := os.path.join(folder, name)) not in dict(listed)
+        ],
+    }
+    return lines + [
+        f"not read: {what}, {len(paths)} in all, the first is {paths[0]}; {cure}"
+        for (what, cure), paths in skipped.items()
+        if paths
     ]
+
+
+def _notes(folder: str) -> list[str]:
+    at = _parts(folder)
+    sides = [[_people(at[part]) for part in side if part in at] for side in SIDES] if at else [[_people(folder)]]
+    return list(dict.fromkeys(line for side in sides for line in moved_up(_labels(folder, side))))
 
 
 LAYOUT = Layout(
@@ -181,4 +265,5 @@ LAYOUT = Layout(
     example="17_c3_001.jpg",
     root="DIR, with the images in DIR/<identity>/ or in DIR/{train,query,gallery}/<identity>/",
     faults=_faults,
+    notes=_notes,
 )

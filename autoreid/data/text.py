@@ -1,11 +1,12 @@
-"""Lists as people pass them on: any of three encodings, Windows line ends and backslashes, blank lines.
+"""Lists as people pass them on: any of four encodings, Windows line ends and backslashes, blank lines.
 
-UTF-8 is tried first (with or without a byte order mark), then GB2312 (VeRi-776's own files), and Latin-1, which takes
-any byte, last.
+UTF-16 is known by its byte order mark (Excel's "Unicode text"). Else UTF-8 is tried first (with or without a mark), then
+GB2312 (VeRi-776's own files), and Latin-1, which takes any byte, last.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator
 
@@ -16,7 +17,8 @@ def text_of(path: str) -> str:
     """The text of a file, with plain line ends."""
     with open(path, "rb") as file:
         data = file.read()
-    for encoding in ("utf-8-sig", "gb2312", "latin-1"):
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    for encoding in ("utf-16",) * wide + ("utf-8-sig", "gb2312", "latin-1"):
         try:
             return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError:

@@ -26,11 +26,12 @@ EXAMPLE = "0000001 12"
 
 def _read(size: int, folder: str, part: str) -> Reading:
     path = os.path.join(folder, _list(size, part))
-    samples = []
+    samples, names = [], {}
     for _, name, (identity,) in rows_of(path, 1, EXAMPLE):
         file = f"{name.removesuffix('.jpg')}.jpg"
         samples.append(Sample(os.path.join(folder, "image", file), identity + 1, 0))
-    return Reading(samples, [])
+        names[identity + 1] = str(identity)
+    return Reading(samples, [], names)
 
 
 def _list(size: int, part: str) -> str:

@@ -22,7 +22,7 @@ PROTOCOL = "veri"
 KIND = "vehicles"
 FOLDERS: tuple[str, ...] = (
     "VeRi/VeRi", "VeRi", "VeRi-776", "VeRi_776", "VeRi776", "VeRi_with_plate",
-    "veri", "veri776", "veri-776",
+    "veri", "veri776", "veri-776", "veri_776",
 )  # fmt: skip
 PARTS = {"train": "image_train", "query": "image_query", "gallery": "image_test"}
 PATTERN = re.compile(r"(-?\d+)_c(\d{3})(?!\d)")

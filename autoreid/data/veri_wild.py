@@ -28,9 +28,9 @@ def _cameras(path: str, _changed: int) -> dict[str, int]:
     cameras = {}
     for number, line in lines_of(path):
         fields = line.split(";")
-        if number == 1 and not (len(fields) > 1 and fields[1].strip().isdigit()):
+        if number == 1 and not (len(fields) > 1 and fields[1].strip().isdecimal()):
             continue  # the header
-        if len(fields) < 2 or not fields[1].strip().isdigit():
+        if len(fields) < 2 or not fields[1].strip().isdecimal():
             raise bad_line(path, number, line, INFO_EXAMPLE)
         cameras[_name(fields[0])] = int(fields[1])
     return cameras
@@ -44,16 +44,17 @@ def _name(field: str) -> str:
 def _read(size: int, folder: str, part: str) -> Reading:
     path, info = os.path.join(folder, _list(size, part)), os.path.join(folder, INFO)
     cameras = _cameras(info, os.stat(info).st_mtime_ns)
-    samples = []
+    samples, names = [], {}
     for number, line, _ in rows_of(path, 0, EXAMPLE):
         name = _name(line)
         vehicle = name.partition("/")[0]
-        if not vehicle.isdigit() or "/" not in name:
+        if not vehicle.isdecimal() or "/" not in name:
             raise bad_line(path, number, line, EXAMPLE)
         if name not in cameras:
             raise UserError(f"{path} names {name}, of which {info} does not say the camera; copy both lists again")
         samples.append(Sample(os.path.join(folder, "images", f"{name}.jpg"), int(vehicle) + 1, cameras[name]))
-    return Reading(samples, [])
+        names[int(vehicle) + 1] = vehicle
+    return Reading(samples, [], names)
 
 
 def _list(size: int, part: str) -> str:

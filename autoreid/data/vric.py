@@ -21,8 +21,9 @@ EXAMPLE = "00001.jpg 12 7"
 
 def _read(folder: str, part: str) -> Reading:
     listed, images = PARTS[part]
-    rows = rows_of(os.path.join(folder, listed), 2, EXAMPLE)
-    return Reading([Sample(os.path.join(folder, images, name), who + 1, camera) for _, name, (who, camera) in rows], [])
+    rows = list(rows_of(os.path.join(folder, listed), 2, EXAMPLE))
+    samples = [Sample(os.path.join(folder, images, name), who + 1, camera) for _, name, (who, camera) in rows]
+    return Reading(samples, [], {who + 1: str(who) for _, _, (who, _) in rows})
 
 
 LAYOUT = Layout(
