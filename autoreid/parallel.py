@@ -119,6 +119,17 @@ def from_first(make: Callable[[], T]) -> T:
 @torch.no_grad()
 def average_(tensors: Iterable[Tensor | None]) -> None:
     """The mean over all processes, in place: one message per type. What is None must be None on every process."""
+    _in_one_message(tensors, lambda flat: (dist.all_reduce(flat), flat.div_(processes())))
+
+
+@torch.no_grad()
+def broadcast_(module: nn.Module) -> None:
+    """The first process's parameters and buffers to all: one message per type."""
+    _in_one_message((*module.parameters(), *module.buffers()), lambda flat: dist.broadcast(flat, 0))
+
+
+def _in_one_message(tensors: Iterable[Tensor | None], send: Callable[[Tensor], Any]) -> None:
+    """``send`` all tensors of a type and device as one flat tensor, and put what comes of it back into them."""
     if processes() == 1:
         return
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -127,19 +138,9 @@ def average_(tensors: Iterable[Tensor | None]) -> None:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for alike in kinds.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        dist.all_reduce(flat)
-        flat /= processes()
-        parts = flat.split([tensor.numel() for tensor in alike])
-        for tensor, part in zip(alike, parts, strict=True):
+        send(flat)
+        for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-
-@torch.no_grad()
-def broadcast_(module: nn.Module) -> None:
-    """The first process's parameters and buffers to all."""
-    if processes() > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.data, 0)
 
 
 class _Gather(torch.autograd.Function):

@@ -106,7 +106,7 @@ def _database(url: str) -> BaseStorage:
     found = [name for name in ([driver] if driver else DRIVERS) if importlib.util.find_spec(name)]
     if not found:
         raise UserError(f"--storage {without_password(url)}: {driver or DRIVERS[0]}, the driver of PostgreSQL, is not "
-                        "installed: pip install 'autoreid[distributed]'")
+                        "installed: pip install '.[distributed]'")
     import sqlalchemy
 
     options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}  # seconds

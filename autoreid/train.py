@@ -310,7 +310,7 @@ def fit(
     if (state := run.load()) is not None:
         learner.load(state)
         first, start, seconds, memory = state["epoch"], state["batch"], state["seconds"], state["memory"]
-        sums = state["sums"].to(device)
+        sums = state["sums"][parallel.rank()].to(device)
         say(f"resumed after epoch {first}{f' and {start} batches' if start else ''} of {recipe.all_epochs}")
     elif run.resumes:
         say("no epoch was finished: starting with the first")
@@ -321,7 +321,8 @@ def fit(
                 report(epoch + 1, val_map)
 
         def state_at(epoch: int, batch: int) -> dict[str, Any]:
-            return {**learner.state(), "epoch": epoch, "batch": batch, "sums": sums, "seconds": seconds, "memory": memory}
+            return {**learner.state(), "epoch": epoch, "batch": batch, "sums": parallel.gather_objects(sums),
+                    "seconds": seconds, "memory": memory}
 
         for epoch in range(first, recipe.all_epochs):
             begin = time.monotonic()
@@ -344,13 +345,17 @@ def fit(
                     seconds += time.monotonic() - begin
                     run.save(state_at(epoch, done))
                     raise Preempted
-            start = 0
-            learner.end_epoch(epoch)
-            val_map = None
+            start, val_map = 0, None
             if watch is not None and recipe.eval_every and (epoch + 1) % recipe.eval_every == 0:
-                val_map = watch.mAP(learner.watched)
+                try:
+                    val_map = watch.mAP(learner.watched)
+                except Preempted:
+                    run.save(state_at(epoch, done))
+                    raise
+            learner.end_epoch(epoch)
             seconds += time.monotonic() - begin
             memory = max(memory, torch.cuda.max_memory_allocated(device) if "cuda" in device else peak_memory_bytes())
+            parallel.average_([sums])
             means = (sums / len(loader)).tolist()
             curves.add(epoch, dict(zip(COLUMNS.split(","), (*means, val_map, rate, seconds), strict=True)))
             sums = torch.zeros(4, device=device)
@@ -420,6 +425,9 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> 
 
 
 # ---------------------------------------------------------------------------------------- train, then measure once
+TESTED = ("query", "gallery")
+
+
 def retrain(
     spec: ModelSpec,
     dataset: str,
@@ -456,11 +464,14 @@ def retrain(
     start = check_start(spec, recipe, init)
     # Names only: what the evaluation would find wrong with them is better found before the training.
     splits = data.load(dataset, root, parts=("train",) if test else data.PARTS)
-    tested = data.load(test, test_root or root, parts=("query", "gallery")) if test else splits
+    try:
+        tested = data.load(test, test_root or root, parts=TESTED) if test else splits
+    except UserError as fault:
+        raise UserError(str(fault).replace("--root", "--test-root")) from None
     how = replace(how, views=recipe.views) if how.views == 1 else how
-    rule = check_task(tested.query, tested.gallery, protocol or tested.protocol, how)
-    warnings = data.leaks(_side_by_side(splits, tested) if test else splits)
-    for line in warnings:
+    rule, lines = check_task(tested.query, tested.gallery, protocol or tested.protocol, how)
+    leaks = data.leaks(_side_by_side(splits, tested) if test else splits)
+    for line in (*leaks, *lines):
         say(f"warning: {line}")
     samples, unreadable = (readable(splits.train) if how.skip_unreadable else (list(splits.train), []))
     for path in unreadable:
@@ -494,7 +505,7 @@ def retrain(
         save_weights(
             weights, net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
             resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=start["init"], name=name,
-            origin=origin, epochs=recipe.all_epochs, warned={data.fingerprint(tested, TESTED): warnings},
+            origin=origin, epochs=recipe.all_epochs, leaks={data.fingerprint(tested, TESTED): leaks},
         )
     try:
         result, _ = measure(net, spec, name, tested, recipe.input, device=device, how=how, protocol=rule.name)
@@ -504,16 +515,13 @@ def retrain(
             f"{fault}; the training is done and its weights are saved: when this is mended go on with --resume, or "
             f"leave out what cannot be read by `autoreid evaluate {shlex.quote(str(weights))} {where} --skip-unreadable`"
         ) from fault
-    result |= {"split": split_text(origin, tested), "warnings": warnings, **origin, "train": asdict(training),
+    result |= {"split": split_text(origin, tested), "warnings": [*leaks, *lines], **origin, "train": asdict(training),
                "environment": environment()}
     if parallel.is_first():
         write_json(target, result)
         write_json(run.summary, {"result": target.name, "mAP": result["mAP"]})
     parallel.wait()
     return target, result
-
-
-TESTED = ("query", "gallery")
 
 
 def _side_by_side(splits: Splits, tested: Splits) -> Splits:
@@ -534,16 +542,16 @@ def again(weights: str | Path, metadata: Mapping[str, Any], tested: Splits) -> d
     origin = metadata.get("origin") or {  # of weights written before they said more
         "trained_on": metadata["dataset"], **{key: metadata[key] for key in ("recipe", "seed", "init")}
     }
-    train = {"epochs": metadata["epochs"]} if "epochs" in metadata else None
+    name, train = metadata.get("name"), {"epochs": metadata["epochs"]} if "epochs" in metadata else None
     beside = Path(weights).with_suffix(".json")
     with suppress(UserError):
         there = read_json(beside, "result")
         if isinstance(there, dict) and all(there.get(key) == metadata[key] for key in ("recipe", "seed", "init")):
-            train = there.get("train", train)
-    warnings = metadata.get("warned", {}).get(data.fingerprint(tested, TESTED))
+            name, train = name or there.get("model"), there.get("train") or train
+    leaks = metadata.get("leaks", {}).get(data.fingerprint(tested, TESTED))  # of the same test lists
     return {
-        "split": split_text(origin, tested) if "train_images" in origin else None,
-        "warnings": data.leaks(tested) if warnings is None else warnings, **origin, "train": train,
+        **({"model": name} if name else {}), "split": split_text(origin, tested) if "train_images" in origin else None,
+        "warnings": data.leaks(tested) if leaks is None else leaks, **origin, "train": train,
         "environment": environment(),
     }
 

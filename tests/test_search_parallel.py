@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -171,21 +172,31 @@ def test_sigterm_anywhere_and_the_resumed_search_ends_in_the_same_state(folder, 
     assert_same_search(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_two_processes_stopped_by_sigterm_and_resumed_end_in_the_same_state(folder):
-    """A real SIGTERM to one of them in mid-epoch stops both; new processes go on."""
-    state = state_of(folder / "stopped")
-    assert (state["epoch"], state["batch"]) == (1, 2) and len(state["searcher"]["rng"]) == 2
-    status, output = joined.run([CHECKS, "search", str(folder), "stopped"])
-    assert status == 0 and "resumed after epoch 1 and 2 batches of 3" in output
+@pytest.fixture(scope="module")
+def later(folder):
+    """New processes: the stopped search to its end, then one that fails. Status, output, seconds from fault to end."""
+    stopped = state_of(folder / "stopped")
+    process, lines, begin = joined.start([CHECKS, "later", str(folder)]), [], None
+    hung = threading.Timer(180, os.killpg, (process.pid, signal.SIGKILL))
+    hung.start()
+    for line in process.stdout:
+        lines.append(line)
+        begin = time.monotonic() if "planted" in line and begin is None else begin
+    hung.cancel()
+    return process.wait(60), "".join(lines), time.monotonic() - (begin or 0), stopped
+
+
+def test_two_processes_stopped_by_sigterm_and_resumed_end_in_the_same_state(folder, later):
+    """A real SIGTERM to one of them in mid-epoch stopped both; new processes went on."""
+    _, output, _, stopped = later
+    assert (stopped["epoch"], stopped["batch"]) == (1, 2) and len(stopped["searcher"]["rng"]) == 2
+    assert "resumed after epoch 1 and 2 batches of 3" in output
     assert_same_search(folder / "stopped", folder / "whole")
 
 
-def test_one_failed_process_ends_all_with_its_error(folder):
+def test_one_failed_process_ends_all_with_its_error(folder, later):
     """The other waits for its part, and would for half an hour."""
-    process = joined.start([CHECKS, "search", str(folder), "failed", "fail"])
-    told = next((line for line in process.stdout if "planted" in line), None)
-    begin = time.monotonic()
-    process.communicate(timeout=60)
-    assert told == "autoreid: planted in process 1\n"
-    assert process.returncode != 0 and time.monotonic() - begin < 25
+    status, output, seconds, _ = later
+    assert status != 0 and seconds < 25
+    assert "autoreid: planted in process 1\n" in output
     assert not (folder / "failed" / "summary.json").exists()

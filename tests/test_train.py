@@ -373,6 +373,26 @@ def test_stopped_in_mid_epoch_it_ends_in_the_same_state(market, tmp_path, monkey
     assert curves[0] == curves[1]
 
 
+def test_stopped_in_an_evaluation_no_epoch_is_lost(market, tmp_path, monkeypatch):
+    recipe = replace(SMALL, epochs=3, held_out=0.3, eval_every=1, swa_epochs=2)
+    held = [s for s in data.load("market", market, parts=("train",)).train][:12]
+    whole, _ = trained(market, tmp_path / "whole", recipe, held_out=held)
+    mAP, looks = autoreid.train.Watch.mAP, iter(range(1000))
+
+    def stopped(watch, net):
+        if next(looks) == 1:
+            raise Preempted
+        return mAP(watch, net)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(autoreid.train.Watch, "mAP", stopped)
+        trained(market, tmp_path / "halves", recipe, held_out=held)
+    state = Run(tmp_path / "halves", {}, resume=True, overwrite=False).load()
+    assert state["epoch"] == 1 and state["batch"] > 1  # all of the second epoch's
+    again, _ = trained(market, tmp_path / "halves", recipe, resume=True, held_out=held)
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
 def test_what_was_reported_before_a_stop_is_reported_again(market, tmp_path, monkeypatch):
     recipe, told = replace(SMALL, epochs=4, held_out=0.3, eval_every=1), []
     held = [s for s in data.load("market", market, parts=("train",)).train][:12]
