@@ -130,7 +130,8 @@ def _evaluation(p: Parser) -> None:
     p.add_argument("--denominator", default="scored", metavar="NAME", help="of the means over queries: scored, or all "
                    "(a query without a match counts as zero)")
     p.add_argument("--frames", default="mean", metavar="NAME", help="a tracklet's feature over its frames': mean or max")
-    p.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read; they are named and counted")
+    p.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read; they are named "
+                   "and counted")
 
 
 def _views(p: Parser, default: str) -> None:
@@ -387,7 +388,8 @@ def retrain(args: argparse.Namespace) -> None:
     _threads()
     _known_protocol(args.protocol)
     if args.test_root and not args.test:
-        raise UserError(f"--test-root {args.test_root}: there is no other dataset to test on; add --test NAME, or give --root")
+        raise UserError(f"--test-root {args.test_root}: it is where the dataset of --test lies; add --test NAME, or leave "
+                        "it out")
     changes = _changes(args)
     for_recipe = {key: changes.pop(key) for key in list(changes) if key in Recipe.__dataclass_fields__}
     try:
@@ -399,8 +401,8 @@ def retrain(args: argparse.Namespace) -> None:
     recipe = find_recipe(args.recipe or _preset(args.dataset), for_recipe)
     path, result = run_retrain(
         spec, args.dataset, recipe, args.out, root=args.root, test=args.test, test_root=args.test_root,
-        protocol=args.protocol, seed=args.seed, device=parallel.start(_device(args.device)), workers=args.workers, how=_how(args), init=args.init, cache=args.cache,
-        resume=args.resume, overwrite=args.overwrite, name=args.name,
+        protocol=args.protocol, seed=args.seed, device=parallel.start(_device(args.device)), workers=args.workers,
+        how=_how(args), init=args.init, cache=args.cache, resume=args.resume, overwrite=args.overwrite, name=args.name,
     )
     _figures(args, result, f"{_metrics_line(result)}\nresult in {path}")
     _next(f"autoreid compare {path.parent}")
@@ -408,6 +410,7 @@ def retrain(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from autoreid import data, parallel
+    from autoreid.evaluate import check_task
     from autoreid.network import ModelSpec, load_weights
     from autoreid.ranked import one_list
     from autoreid.runs import write_json
@@ -423,15 +426,13 @@ def evaluate(args: argparse.Namespace) -> None:
     net, metadata = load_weights(args.weights)
     spec = ModelSpec.from_dict(metadata["model"])
     splits, size = data.load(args.dataset, args.root, parts=("query", "gallery")), tuple(metadata["input"])
-    chosen = None
-    if args.ranked:
-        one_list(args.protocol or splits.protocol)
-        chosen = _chosen(args.queries, splits.query)
+    rule, lines = check_task(splits.query, splits.gallery, args.protocol or splits.protocol, how)
+    chosen = _chosen(args.queries, splits.query) if args.ranked and one_list(rule) else None
     origin = again(args.weights, metadata, splits)
+    origin["warnings"] = [*origin["warnings"], *lines]
     for line in origin["warnings"]:
         say(f"warning: {line}")
-    result, extracted = measure(net.to(device), spec, spec.label, splits, size, device=device, how=how,
-                                protocol=args.protocol)
+    result, extracted = measure(net.to(device), spec, spec.label, splits, size, device=device, how=how, protocol=rule.name)
     result |= origin
     if args.out and parallel.is_first():
         write_json(args.out, result)
@@ -485,10 +486,11 @@ def cost(args: argparse.Namespace) -> None:
         raise UserError(f"no model fits these options: name the models, as in autoreid cost resnet50 ({left_out[0]})")
     for line in left_out:
         say(line)
-    lines = [f"{'model':26} {'params':>12} {'MACs':>15} {'FLOPs':>15} {'MACs, all':>15} {'activations':>12}"
+    wide = max(26, *(len(row["model"]) for row in rows))
+    lines = [f"{'model':{wide}} {'params':>12} {'MACs':>15} {'FLOPs':>15} {'MACs, all':>15} {'activations':>12}"
              f" {'latency':>10}"]
     lines += [
-        f"{r['model']:26} {r['params']:>12,} {r['macs']:>15,} {r['flops']:>15,} {r['macs_all']:>15,} "
+        f"{r['model']:{wide}} {r['params']:>12,} {r['macs']:>15,} {r['flops']:>15,} {r['macs_all']:>15,} "
         f"{r['activation_bytes'] / 2**20:>8.1f} MiB "
         + (f"{r['latency_ms']:>7.1f} ms" if r["latency_ms"] is not None else f"{'-':>10}")
         for r in rows
@@ -708,8 +710,8 @@ def _chosen(names: str | None, queries: Sequence[Any]) -> list[Any] | None:
             raise UserError(f"--queries {name}: no query's path ends so; the first query is {queries[0].path}")
         chosen += found
     if len(chosen) > LISTS:
-        raise UserError(f"--queries {names}: {len(chosen)} queries' paths end so, a picture has room for {LISTS}; give more "
-                        "of the path, as in FOLDER/FILE")
+        raise UserError(f"--queries {names}: {len(chosen)} queries' paths end so, a picture has room for {LISTS}; give "
+                        "more of the path, as in FOLDER/FILE")
     return chosen
 
 
@@ -723,9 +725,12 @@ def _draw_ranked(args: argparse.Namespace, extracted: Any, splits: Any, chosen: 
     lists = ranked_lists(**extracted.ranking(), queries=chosen and [place[s] for s in chosen if s in place])
     if not lists:
         raise UserError("--ranked: none of the chosen queries could be read, so there is no list to draw")
+    gone = set(extracted.unreadable)  # a tracklet is shown by the first frame that is there
+    query, gallery = ([s._replace(path=next(path for path in s.frames or (s.path,) if path not in gone)) for s in side]
+                      for side in (extracted.asking, extracted.answering))
     title = f"{Path(args.weights).stem} on {splits.name}: {'the worst' if chosen is None else 'chosen'} queries"
-    how = [f"{_counted(extracted.how.views, 'view')}", *(name for name in ("rerank", "expand") if getattr(extracted.how, name))]
-    save(draw(lists, extracted.asking, extracted.answering, f"{title} ({', '.join(how)})", splits.name_of), args.ranked)
+    how = [_counted(extracted.how.views, "view"), *(name for name in ("rerank", "expand") if getattr(extracted.how, name))]
+    save(draw(lists, query, gallery, f"{title} ({', '.join(how)})", splits.name_of), args.ranked)
     say(f"ranked lists: {args.ranked}")
 
 

@@ -33,8 +33,8 @@ REQUIRED = (
     "cmc", "flip", "rerank",
 )  # fmt: skip
 RETRAIN = "retrain one of them with the same {name}"
-EVALUATE = ("evaluate one of them again with the same {name} (`autoreid evaluate WEIGHTS ... --out RESULT.json --overwrite` "
-            "writes its file anew)")
+EVALUATE = ("evaluate one of them again with the same {name} (`autoreid evaluate WEIGHTS ... --out RESULT.json "
+            "--overwrite` writes its file anew)")
 # What must agree between rows, and what to do where it does not.
 SETTINGS = {
     "dataset": "compare the results of one dataset at a time",
@@ -435,7 +435,10 @@ def notes(table: pd.DataFrame) -> list[str]:
     plain = table[table["mixed"] == ""]
     shown = plain.iloc[0] if len(plain) else table.iloc[0]
     conditions = ", ".join(f"{name} {shown[name]}" for name in ("protocol", "input", "init", "recipe"))
-    how = ", ".join(f"{name} {_constants(shown[name])}" for name in ("views", "frames", "rerank", "expand", "denominator"))
+    how = ", ".join(
+        f"{name} {_constants(shown[name])}" for name in ("views", "rerank", "expand", "frames", "denominator")
+        if shown[name] not in ("mean", "scored")  # these two go without saying
+    )
     edition = f" ({shown['edition']})" if shown["edition"] else ""
     said = [
         f"{shown['dataset']}{edition}: {conditions}, {how}.",

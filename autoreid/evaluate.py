@@ -24,7 +24,7 @@ from autoreid.data import Sample, picture_numbers
 from autoreid.errors import UserError, unknown
 from autoreid.loading import enlarged, load_images, normalise
 from autoreid.metrics import DENOMINATORS, Protocol, RetrievalMetrics, find_protocol, retrieval_metrics
-from autoreid.protocols import Tags, find_draws, nothing_scored
+from autoreid.protocols import Tags, find_draws, not_one_list, nothing_scored, one_camera
 from autoreid.recipe import require_views
 from autoreid.rerank import check_expand, check_rerank, expand_queries
 from autoreid.runs import Preempted, asked_to_stop
@@ -135,7 +135,8 @@ def _extract(
     try:
         net.eval()
         with torch.inference_mode():
-            for features, owners, bad in _in_order(_features(net, samples, read, size, device, batch, views, skip_unreadable)):
+            own = _features(net, samples, read, size, device, batch, views, skip_unreadable)
+            for features, owners, bad in _in_order(own):
                 unreadable += bad
                 if not len(owners):
                     continue
@@ -193,9 +194,9 @@ def _in_order(own: Iterator[tuple[Tensor, Tensor, list[str]]]) -> Iterator[tuple
         turn = parallel.gather_objects((mine, fault))
         if asked_to_stop():
             raise Preempted
-        for _, error in turn:
-            if error is not None:
-                raise error
+        for _, trouble in turn:
+            if trouble is not None:
+                raise trouble
         if all(batch is None for batch, _ in turn):
             return
         yield from (batch for batch, _ in turn if batch is not None)
@@ -262,8 +263,8 @@ class Extracted:
     def ranking(self) -> dict[str, Any]:
         """What is ranked and how, as ``metrics.retrieval_metrics`` and ``ranked.ranked_lists`` take it."""
         return {
-            "query_features": self.query, "gallery_features": self.gallery, **_names(self.asking, self.answering, self.rule),
-            "protocol": self.rule, "rerank": self.how.rerank,
+            "query_features": self.query, "gallery_features": self.gallery, "protocol": self.rule,
+            "rerank": self.how.rerank, **_names(self.asking, self.answering, self.rule),
         }
 
     def metrics(self, metric: str = "euclidean") -> RetrievalMetrics:
@@ -300,10 +301,9 @@ def extract_both(
 
     All that names alone can tell is checked first: see :func:`check_task`.
     """
-    rule = check_task(query, gallery, protocol, how)
-    one_list = query is gallery or list(query) == list(gallery)
+    rule, _ = check_task(query, gallery, protocol, how)
     sides, unreadable = [], []
-    for samples in [query] if one_list else [query, gallery]:
+    for samples in [query] if _one_list(query, gallery) else [query, gallery]:
         features, kept, bad = _extract(net, samples, size, device, 128, how.views, how.frames, how.skip_unreadable)
         sides.append((features.to(device), kept))
         unreadable += bad
@@ -317,17 +317,23 @@ def extract_both(
 
 def check_task(
     query: Sequence[Sample], gallery: Sequence[Sample], protocol: str | Protocol, how: Evaluation = USUAL
-) -> Protocol:
-    """The protocol of that name. Raises what an evaluation would find wrong without a look at the images, in its words:
-    see :meth:`Evaluation.check`; cameras missing, no query with a match in the gallery."""
+) -> tuple[Protocol, list[str]]:
+    """The protocol of that name, and lines that must be said of its figures. Raises what an evaluation would find wrong
+    without a look at the images, in its words: see :meth:`Evaluation.check`; cameras missing, no query with a match."""
     rule = how.check(protocol)
+    if rule.one_per_identity and not _one_list(query, gallery):
+        raise not_one_list(rule)
     names = _names(query, gallery, rule)
     ours, theirs = names.pop("pictures") or (None, None)
     tags = (Tags.of(names["query_identities"], names["query_cameras"], None, "query", ours),
             Tags.of(names["gallery_identities"], names["gallery_cameras"], None, "gallery", theirs))
     if not any(len(part.matches.scored()) for part in find_draws(*tags, rule)[0]):
         raise nothing_scored(*tags, rule)
-    return rule
+    return rule, [line for line in (one_camera(*tags, rule),) if line]
+
+
+def _one_list(query: Sequence[Sample], gallery: Sequence[Sample]) -> bool:
+    return query is gallery or list(query) == list(gallery)
 
 
 def _names(query: Sequence[Sample], gallery: Sequence[Sample], rule: Protocol) -> dict[str, Any]:

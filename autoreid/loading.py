@@ -108,9 +108,10 @@ class PKSampler:
         if self.p < 1 or self.k < 1:
             raise UserError(f"a batch is P x K images with P and K at least 1, got {self.p} x {self.k}")
         if len(self._images) < self.p:
+            there = len(self._images)
             raise UserError(
-                f"a batch of {self.p} identities x {self.k} images needs {self.p} identities, but there are only "
-                f"{len(self._images)}; lower identities to at most {len(self._images)}"
+                f"a batch of {self.p} identities x {self.k} images needs {self.p} identities, but there are only {there}; "
+                f"lower identities to at most {there}, as in --set identities={there}"
             )
 
     def __len__(self) -> int:

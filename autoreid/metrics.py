@@ -267,10 +267,6 @@ def score(
                 cure = "store it, or use --protocol plain to ignore cameras" if name == "cameras" else "store it"
                 held = ", ".join(sorted(stored)) or "nothing"
                 raise UserError(f"{path} has no array '{name}' (it holds {held}); {cure}")
-            if name != "features" and (kind := stored[name].dtype).kind not in "iu":
-                cure = (f"store them by {name}.astype(int)" if kind.kind == "f" else
-                        "number them from 1 on, alike in both files")
-                raise UserError(f"{path}: {name} are of {kind}, must be integers; {cure}")
         sides.append((stored["features"], stored["identities"], stored.get("cameras")))
     return retrieval_metrics(*sides[0], *sides[1], protocol=rule, metric=metric, denominator=denominator, rerank=rerank)
 

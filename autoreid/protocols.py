@@ -86,7 +86,7 @@ class Tags(NamedTuple):
         return cls(ids, *(None if v is None else _integers(v, len(ids), side, what) for what, v in given.items()))
 
     def take(self, index: np.ndarray) -> Tags:
-        return Tags(*(None if values is None else values[index] for values in self))
+        return Tags(self.identities[index], *(None if values is None else values[index] for values in self[1:]))
 
     @property
     def total(self) -> int:
@@ -173,11 +173,15 @@ def one_camera(query: Tags, gallery: Tags, protocol: Protocol) -> str:
     cameras = np.unique(_cameras(gallery, protocol)[answers])
     if len(cameras) != 1:
         return ""
-    lost = int((np.isin(query.identities, gallery.identities[answers]) & (_cameras(query, protocol) == cameras[0])).sum())
-    return "" if not lost else (
-        f"every gallery image of the queries' identities has camera {cameras[0]}, and protocol '{protocol.name}' leaves out "
-        f"what the query's own camera took, so {lost} of {query.total} queries cannot be scored; give the true cameras, or "
-        "use --protocol plain to ignore them"
+    answered = np.isin(query.identities, gallery.identities[answers])
+    lost = answered & (_cameras(query, protocol) == cameras[0])
+    if not lost.any():
+        return ""
+    scored = "nothing" if lost.sum() == answered.sum() else f"only {answered.sum() - lost.sum()} of {query.total} queries"
+    return (
+        f"every gallery image of the queries' identities has camera {cameras[0]}, and protocol '{protocol.name}' leaves "
+        f"out what the query's own camera took, so {scored} can be scored; give the true cameras, or use --protocol plain "
+        "to ignore them"
     )
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -187,9 +186,13 @@ def processor() -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, in bytes (Linux counts kilobytes, macOS bytes)."""
+    """Peak resident memory of this process in bytes, 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
 
 
 def folder_name(dataset: str) -> str:

@@ -3,8 +3,9 @@
 The plain loop is what one would write by hand: forward, cross-entropy and batch-hard triplet, backward, step. Both get
 the same finished batches from memory, so that only the loops differ; they take turns in one process, in another order
 each round, and the medians count: of images/s, of a round's ratio to the plain loop beside it (goal 0.97 or more for the
-plain recipe; more with compile) and of the same ratio of processor time, which other work on the machine moves less. Then one process with the whole loop (loader, curves and checkpoint included),
-and two joined by torchrun at the same global batch, each with one thread, in turns too.
+plain recipe; more with compile) and of the same ratio of processor time, which other work on the machine moves less.
+Then one process with the whole command (loader, curves and checkpoint included), and two joined by torchrun at the same
+global batch, each with one thread, in turns too.
 
     python benchmarks/training.py --json results/benchmarks/training.json
     python benchmarks/training.py --device cuda --model resnet50 --input 256x128 --batch 32x4 --steps 50
@@ -108,7 +109,7 @@ def measure_loops(build: Callable[[], nn.Module], recipe: Recipe, device: str, s
                   compiled: bool) -> list[dict[str, Any]]:
     made, given = loops(build, recipe, device, compiled), batches(recipe, min(steps, 4), device)
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
-    for name, step in made.items():
+    for step in made.values():
         for batch in given[:2]:  # what is set up at the first step is no part of the rate
             step(batch)
     for number in range(rounds):
@@ -132,7 +133,9 @@ def measure_loops(build: Callable[[], nn.Module], recipe: Recipe, device: str, s
     return rows
 
 
-def measure_processes(model: str, changes: dict[str, str], recipe: Recipe, device: str, rounds: int) -> list[dict[str, Any]]:
+def measure_processes(
+    model: str, changes: dict[str, str], recipe: Recipe, device: str, rounds: int
+) -> list[dict[str, Any]]:
     """The command on the drawn people, one process and two, from the rate that the result gives."""
     data.load("drawn-people-tiny", None, parts=("train",))  # drawn now, not in a turn
     rates: dict[str, list[float]] = {"whole command, 1 process": [], "whole command, 2 processes": []}
@@ -146,9 +149,9 @@ def measure_processes(model: str, changes: dict[str, str], recipe: Recipe, devic
                 }.items()]
                 sets = [word for option in options for word in ("--set", option)]
                 subprocess.run(
-                    [sys.executable, *start, "-m", "autoreid", "retrain", model, "--dataset", "drawn-people-tiny", "--device",
-                     device, "--recipe", "default", "--input", "x".join(map(str, recipe.input)), "--epochs", "3", "--out",
-                     str(out), *sets],
+                    [sys.executable, *start, "-m", "autoreid", "retrain", model, "--dataset", "drawn-people-tiny",
+                     "--device", device, "--recipe", "default", "--input", "x".join(map(str, recipe.input)),
+                     "--epochs", "3", "--out", str(out), *sets],
                     check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                 )
                 (path,) = (out / "drawn-people-tiny").glob("*.json")

@@ -1,8 +1,10 @@
 """The command line as users meet it: help, the exact words of mistakes, interruption and resuming, the next step."""
 
 import hashlib
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import miniature
 import numpy as np
 import planted
 import pytest
@@ -87,7 +90,7 @@ def test_the_names_in_the_help_texts_are_the_tables(capsys):
 def test_unknown_names(capsys, tmp_path, cache):
     assert words(capsys, "serch") == (
         "autoreid: unknown command 'serch'; did you mean 'search'? known: compare, cost, data, demo, density, evaluate, "
-        "retrain, score, search, tune"
+        "retrain, score, search, sweep, tune"
     )
     assert words(capsys, "search", "--dataset", "markt").startswith(
         "autoreid: unknown dataset 'markt'; did you mean 'market'?")
@@ -117,8 +120,6 @@ def test_bad_values(capsys, tmp_path):
     if not torch.cuda.is_available():
         assert words(capsys, *search, "--device", "cuda") == (
             "autoreid: --device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    assert words(capsys, "tune", "--dataset", "market").startswith(
-        "autoreid tune is not here yet: it comes with the issue 'One shared recipe, tuned by Optuna'")
 
 
 def test_a_space_with_one_operation(capsys, tmp_path, market):
@@ -193,7 +194,7 @@ def test_a_mistake_leaves_no_run_behind(capsys, tmp_path, market):
     search = ("search", "--dataset", "market", "--root", str(market), "--out", str(tmp_path), "--epochs", "2", *SEARCH)
     assert words(capsys, *search, "--set", "identities=9") == (
         "autoreid: a batch of 9 identities x 3 images needs 9 identities, but there are only 5; lower identities to at "
-        "most 5")
+        "most 5, as in --set identities=5")
     for mistake, fault in (
         ("channels=-4", "channels=-4: allowed is 2 or more"),
         ("layers=2", "layers=[2]: allowed is two stages or more, each with a cell: without a second stage there is no "
@@ -251,15 +252,15 @@ def test_a_disk_that_fills_up_keeps_what_was_written(capsys, tmp_path, market, m
 
     import autoreid.runs
 
-    whole, written = autoreid.runs.write_bytes, []
+    whole, written = autoreid.runs.whole_file, []
 
-    def fills_up(path, content):
+    def fills_up(path):
         if path.name == "checkpoint.pt" and len(written) == 1:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         written.extend([path] if path.name == "checkpoint.pt" else [])
-        whole(path, content)
+        return whole(path)
 
-    monkeypatch.setattr(autoreid.runs, "write_bytes", fills_up)
+    monkeypatch.setattr(autoreid.runs, "whole_file", fills_up)
     argv = ["search", "--dataset", "market", "--root", str(market), "--out", str(tmp_path), "--epochs", "3", *SEARCH]
     assert "No space left on device; free some space" in words(capsys, *argv)
     monkeypatch.undo()
@@ -295,9 +296,13 @@ def flat(value, name=""):
         yield name, value
 
 
+def state_in(checkpoint):
+    sealed = torch.load(checkpoint, weights_only=True)
+    return torch.load(io.BytesIO(sealed["state"].numpy().tobytes()), weights_only=True)
+
+
 def same_state(one, other) -> None:
-    a = dict(flat(torch.load(one, weights_only=True)))
-    b = dict(flat(torch.load(other, weights_only=True)))
+    a, b = dict(flat(state_in(one))), dict(flat(state_in(other)))
     assert a.keys() == b.keys()
     for name in a:
         equal = torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
@@ -305,7 +310,7 @@ def same_state(one, other) -> None:
 
 
 def epochs_done(checkpoint) -> int:
-    return torch.load(checkpoint, weights_only=True)["epoch"] if checkpoint.exists() else 0
+    return state_in(checkpoint)["epoch"] if checkpoint.exists() else 0
 
 
 JOBS = {
@@ -528,7 +533,8 @@ def test_score_of_features_made_by_anything(tmp_path, capsys):
     assert main(["score", str(tmp_path / "q.npz"), str(tmp_path / "g.npz"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "mAP": 1.0, "mAP_trapezoid": 1.0, "mINP": 1.0, "cmc": {"1": 1.0, "5": 1.0, "10": 1.0, "20": 1.0}, "total": 3,
-        "scored": 3, "protocol": "market1501", "denominator": "scored", "repeats": 1, "std": None, "unreadable": 0}
+        "scored": 3, "protocol": "market1501", "denominator": "scored", "repeats": 1, "std": None, "unreadable": 0,
+        "metric": "euclidean", "rerank": None}
     assert "none.npz" in words(capsys, "score", str(tmp_path / "none.npz"), str(tmp_path / "g.npz"))
 
 
@@ -579,5 +585,366 @@ def test_retrain_on_one_dataset_and_test_on_another_with_every_option(market, tm
     out, err = capsys.readouterr()
     assert json.loads(out)["trained_on"] == "veri" and "ranked lists: lists.png" in err
     assert (tmp_path / "lists.png").read_bytes().startswith(b"\x89PNG")
-    assert words(capsys, *evaluate, "--ranked", "lists.png", "--queries", "gone.jpg").startswith(
-        "autoreid: --queries gone.jpg: no query's path ends so; the first query is ")
+
+
+# ---------------------------------------------------------------------------------------- one evaluation, told in full
+TINY = [*RECIPE, "--epochs", "1", "--set", "width=4"]
+
+
+@pytest.fixture(scope="module")
+def trained(market, tmp_path_factory):
+    """Weights of the tiny network, with the result beside them."""
+    out = tmp_path_factory.mktemp("trained")
+    assert main(["retrain", "resnet18", "--dataset", "market", "--root", str(market), "--out", str(out), *TINY]) == 0
+    return out / "market" / "resnet18-width4-s0.safetensors"
+
+
+def own_list(folder, rows, extra=()):
+    """A dataset csv of (identity, camera, split), a picture each, and further lines as they are."""
+    folder.mkdir()
+    rng, lines = np.random.default_rng(0), ["path,identity,camera,split"]
+    for n, (identity, camera, split) in enumerate(rows):
+        planted.Image.fromarray(planted.texture(rng, sum(identity.encode()))).save(folder / f"{n:02d}.png")
+        lines.append(f"{n:02d}.png,{identity},{camera},{split}")
+    (folder / "list.csv").write_text("\n".join([*lines, *extra]) + "\n")
+    return str(folder / "list.csv")
+
+
+def own_rows(cameras=(1, 2), tested=("emil", "fritz")):
+    train = [(name, camera, "train") for name in ("anna", "bert", "carl", "dora") for camera in (1, 2, 1)]
+    return train + [(name, camera, split) for name in tested for camera, split in zip(cameras, ("query", "gallery"))]
+
+
+def test_what_names_tell_is_found_before_the_training(capsys, tmp_path, trained):
+    """In the words of the evaluation, with a cure that retrain has too."""
+    root = own_list(tmp_path / "one", own_rows(cameras=(1, 1)))
+    data = ["--dataset", "csv", "--root", root]
+    retrain = ["retrain", "resnet18", *data, "--out", str(tmp_path / "r"), *TINY]
+    fault = words(capsys, *retrain)
+    assert fault.startswith("autoreid: every gallery image") and "has camera 1" in fault and "--protocol plain" in fault
+    assert words(capsys, "evaluate", str(trained), *data) == fault
+    assert words(capsys, *retrain, "--protocol", "plane").startswith(
+        "autoreid: unknown protocol 'plane'; did you mean 'plain'?")
+    assert not (tmp_path / "r").exists()
+    assert main([*retrain, "--protocol", "plain", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["protocol"], result["queries"]) == ("plain", {"total": 2, "scored": 2})
+
+    vehicles = miniature.vehicleid(tmp_path)
+    miniature.text(vehicles / "train_test_split" / "test_list_800.txt", ["0000201 3", "0000301 9"])
+    fault = words(capsys, "retrain", "resnet18", "--dataset", "vehicleid/test-800", "--root", str(vehicles), "--out",
+                  str(tmp_path / "v"), *TINY)
+    assert "none of the 2 queries has a second image of its identity" in fault and not (tmp_path / "v").exists()
+
+
+def test_an_unreadable_test_image_costs_no_training(capsys, tmp_path, market):
+    copy = tmp_path / "copy of market"
+    shutil.copytree(market, copy)
+    bad = sorted((copy / "Market-1501-v15.09.15" / "query").iterdir())[0]
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:200])
+    retrain = ["retrain", "resnet18", "--dataset", "market", "--root", str(copy), "--out", str(tmp_path / "r"), *TINY]
+    fault = words(capsys, *retrain)
+    path = tmp_path / "r" / "market" / "resnet18-width4-s0.json"
+    assert str(bad) in fault and "the training is done and its weights are saved" in fault and not path.exists()
+    command = shlex.split(fault.split("`")[-2])
+    assert main([*command[1:], "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert f"left out, as it cannot be read: {bad}" in err and (result["unreadable"], result["queries"]["total"]) == (1, 8)
+    assert result["queries"]["scored"] == 7 and result["train"] == {"epochs": 1}
+    bad.write_bytes(whole)
+    assert main([*retrain, "--resume"]) == 0
+    assert json.loads(path.read_text())["queries"] == {"total": 8, "scored": 8}
+
+
+def test_leaks_are_said_and_recorded(capsys, tmp_path, trained):
+    leaking = own_list(tmp_path / "leaks", own_rows(tested=("anna", "fritz")),
+                       ["00.png,anna,1,gallery", "15.png,fritz,2,gallery"])
+    out = tmp_path / "r"
+    assert main(["retrain", "resnet18", "--dataset", "csv", "--root", leaking, "--out", str(out), *TINY, "--json"]) == 0
+    printed, err = capsys.readouterr()
+    warnings = json.loads(printed)["warnings"]
+    for start, said in zip(("1 identity is in train and in the test, the first is anna", "1 file is in two parts",
+                            "1 file is listed twice"), warnings, strict=True):
+        assert said.startswith(start) and f"warning: {said}\n" in err
+    weights = str(out / "csv" / "resnet18-width4-s0.safetensors")
+    evaluate = ["evaluate", weights, "--dataset", "csv", "--json", "--root"]
+    assert main([*evaluate, leaking]) == 0
+    printed, err = capsys.readouterr()
+    assert json.loads(printed)["warnings"] == warnings and err.count("warning: ") == 3
+    sound = own_list(tmp_path / "sound", own_rows())
+    assert main([*evaluate, sound]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+    half = own_list(tmp_path / "half", [*own_rows(), ("fritz", 1, "query")])
+    assert main([*evaluate, half]) == 0
+    capsys.readouterr()
+    only = own_list(tmp_path / "only", [*own_rows(), ("emil", 2, "query")])  # a query whose camera took all answers
+    assert main([*evaluate, only]) == 0
+    printed, err = capsys.readouterr()
+    assert len(json.loads(printed)["warnings"]) == 1 and "warning: every gallery image" in err
+
+
+def test_a_file_that_is_trained_on_and_tested_elsewhere_is_a_leak_a_number_is_none(capsys, tmp_path):
+    one = own_list(tmp_path / "one", own_rows())
+    folder = tmp_path / "Market-1501-v15.09.15"
+    for row, part in ((0, "bounding_box_train"), (1, "query"), (2, "bounding_box_test")):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "one" / f"0{row}.png", folder / part / f"0001_c{row}s1_000001_00.png")
+    argv = ["retrain", "resnet18", "--dataset", "csv", "--root", one, "--test", "market", "--test-root", str(tmp_path),
+            "--out", str(tmp_path / "r"), *TINY, "--json"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert (result["warnings"], result["dataset"], result["trained_on"]) == ([], "market", "csv")
+    with open(one, "a") as listed:
+        listed.write(f"{folder / 'query' / '0001_c1s1_000001_00.png'},gina,1,train\n")
+    assert main([*argv, "--overwrite"]) == 0
+    [warning] = json.loads(capsys.readouterr().out)["warnings"]
+    assert warning.startswith("1 file is in two parts, the first is ") and "0001_c1s1" in warning
+    assert words(capsys, *argv[:6], "--test-root", "x") == (
+        "autoreid: --test-root x: it is where the dataset of --test lies; add --test NAME, or leave it out")
+    assert "give --test-root the folder" in words(capsys, *argv[:8], "--test-root", str(tmp_path / "one"))
+
+
+def test_two_sets_of_ones_own_are_not_pooled(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("autoreid.cost.latency", lambda *_, **__: None)
+    one, copy = (own_list(tmp_path / name, own_rows()) for name in ("one", "copy"))
+    other = own_list(tmp_path / "other", own_rows(tested=("gina", "hans")))
+    retrain = ["retrain", "resnet18", "--dataset", "csv", *TINY]
+    for seed, root in enumerate((one, copy)):  # the same lists in another place
+        assert main([*retrain, "--root", root, "--seed", str(seed)]) == 0
+    assert main(["compare", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["seeds"] == 2
+    assert main([*retrain, "--root", other, "--seed", "2"]) == 0
+    capsys.readouterr()
+    fault = words(capsys, "compare")
+    assert fault.startswith("autoreid: results are not comparable: fingerprint is '") and "tested on other lists" in fault
+
+
+def test_the_edition_of_msmt17_is_in_the_result(capsys, tmp_path, monkeypatch, trained):
+    monkeypatch.chdir(tmp_path)
+    for edition in ("V1", "V2"):
+        root = miniature.msmt17(tmp_path / edition, edition)
+        evaluate = ["evaluate", str(trained), "--dataset", "msmt17", "--root", str(root)]
+        assert main([*evaluate, "--out", f"results/msmt17/{edition}.json"]) == 0
+    one, other = (json.loads((tmp_path / f"results/msmt17/{edition}.json").read_text()) for edition in ("V1", "V2"))
+    assert (one["edition"], other["edition"]) == ("MSMT17_V1", "MSMT17_V2")
+    capsys.readouterr()
+    assert "edition is 'MSMT17_V1' in" in words(capsys, "compare", "results/msmt17")
+
+
+def test_an_evaluation_stands_beside_the_trainings_result(capsys, tmp_path, market, monkeypatch):
+    """compare's advice: the result that lacks the views is evaluated again, onto its own file, and the rows agree."""
+    monkeypatch.chdir(tmp_path)
+    data = ["--dataset", "market", "--root", str(market)]
+    retrain = ["retrain", "resnet18", *data, *TINY, "--name", "mine"]
+    assert main([*retrain]) == 0 and main([*retrain, "--seed", "1", "--flip"]) == 0
+    path = tmp_path / "results" / "market" / "mine-s0.json"
+    before = json.loads(path.read_text())
+    capsys.readouterr()
+    fault = words(capsys, "compare")
+    assert "views is 1 in" in fault and "`autoreid evaluate WEIGHTS ... --out RESULT.json --overwrite`" in fault
+    weights = str(path.with_suffix(".safetensors"))
+    assert main(["evaluate", weights, *data, "--flip", "--out", str(path), "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["compare", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["model"], row["seeds"], row["views"]) == ("mine", 2, 2) and row["train_seconds"] > 0
+    after = json.loads(path.read_text())
+    changed = {"mAP", "mAP_trapezoid", "mINP", "cmc", "flip", "views", "latency_ms", "environment"}
+    assert after.keys() == before.keys() and all(after[key] == before[key] for key in before.keys() - changed)
+    shutil.move(weights, tmp_path / "alone.safetensors")
+    assert main(["evaluate", "alone.safetensors", *data, "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert {**alone, "train": before["train"], "environment": 0, "latency_ms": 0} == {**before, "environment": 0,
+                                                                                      "latency_ms": 0}
+    assert alone["train"] == {"epochs": 1}  # seconds and memory are not in the weights
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Opening one is an error that is nobody's mistake."""
+    monkeypatch.setattr("autoreid.evaluate.load_images", None)
+
+
+@pytest.mark.parametrize(("options", "fault"), [
+    (["--queries", "a.jpg"], "--queries a.jpg says whose lists are drawn: add --ranked FILE.png, or leave it out"),
+    (["--ranked", "l.png", "--queries", "gone.jpg"], "--queries gone.jpg: no query's path ends so; the first query is "),
+    (["--ranked", "l.png", "--queries", "0011_c1s1_000000_00.jpg,"], "--queries : no query's path ends so; the first"),
+    (["--ranked", "l.png", "--queries", "000000_00.jpg"], "--queries 000000_00.jpg: no query's path ends so; the first"),
+    (["--ranked", "l.pdf"], "--ranked l.pdf: give the name of a .png file"),
+    (["--ranked", "there.png"], "there.png is there already: add --overwrite to replace it, or give another --ranked"),
+    (["--ranked", "folder.png"], "--ranked folder.png is a folder: give the name of a file in it"),
+    (["--ranked", "there.png/l.png"], "--ranked there.png/l.png: "),
+    (["--ranked", "l.png", "--protocol", "cuhk03-classic"], "protocol 'cuhk03-classic' draws its gallery, so a"),
+    (["--rerank", "0,6,0.3"], "k1 must be a whole number of neighbours, 1 or more, got 0"),
+    (["--out", "folder.png"], "--out folder.png is a folder: give the name of a file in it"),
+])
+def test_an_evaluations_mistakes_are_found_before_it_begins(
+    capsys, tmp_path, market, trained, monkeypatch, no_pictures, options, fault
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").write_bytes(b"mine")
+    (tmp_path / "folder.png").mkdir()
+    out = [] if "--out" in options else ["--out", "o.json"]
+    found = words(capsys, "evaluate", str(trained), "--dataset", "market", "--root", str(market), *out, *options)
+    assert found.startswith(f"autoreid: {fault}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.png", "there.png"]
+
+
+def test_ranked_lists_cost_no_second_extraction_and_no_figures(capsys, tmp_path, market, trained, monkeypatch):
+    import autoreid.evaluate
+    import autoreid.plots
+
+    monkeypatch.chdir(tmp_path)
+    opened, load, drawn, draw = [], autoreid.evaluate.load_images, [], autoreid.plots.ranked_lists
+    monkeypatch.setattr(autoreid.evaluate, "load_images", lambda some, size: (opened.extend(some), load(some, size))[1])
+    monkeypatch.setattr(autoreid.plots, "ranked_lists", lambda *given: (drawn.append(given), draw(*given))[1])
+    evaluate = ["evaluate", str(trained), "--dataset", "market", "--root", str(market), "--views", "10", "--json"]
+    how = ["--rerank", "5,2,0.3", "--expand", "2,0"]
+    assert main([*evaluate, *how, "--ranked", "l.png"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(opened) == 8 + 24 and (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+    lists, query, gallery, title, name_of = drawn[0]
+    assert len(lists) == len(query) == 8  # all of them, so their mean is the figure
+    assert statistics.mean(found.average_precision for found in lists) == pytest.approx(result["mAP"])
+    assert title.endswith("the worst queries (10 views, rerank, expand)") and name_of(11) == "11"
+    ends = "query/0012_c2s1_000000_00.jpg,0011_c1s1_000000_00.jpg"
+    assert main([*evaluate, "--ranked", "l.png", "--queries", ends, "--overwrite"]) == 0
+    assert [query[found.query].identity for found in drawn[1][0]] == [12, 11]
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(autoreid.plots, "save", refuse)
+    capsys.readouterr()
+    assert main([*evaluate, *how, "--ranked", "m.png", "--out", "o.json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["mAP"] == result["mAP"] == json.loads((tmp_path / "o.json").read_text())["mAP"]
+    assert "No space left on device" in err
+
+
+def test_what_cannot_be_read_is_named_and_not_drawn(capsys, tmp_path, market, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(market, tmp_path / "copy")
+    folder = tmp_path / "copy" / "Market-1501-v15.09.15"
+    bad = [sorted((folder / part).iterdir())[0] for part in ("query", "bounding_box_test")]
+    for path in bad:
+        path.write_bytes(b"no picture")
+    evaluate = ["evaluate", str(trained), "--dataset", "market", "--root", "copy", "--skip-unreadable",
+                "--denominator", "all"]
+    chosen = ["--ranked", "l.png", "--queries", bad[0].name]
+    assert main([*evaluate, *chosen[:2], "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert (result["unreadable"], result["queries"]) == (2, {"total": 8, "scored": 7})
+    assert [f"left out, as it cannot be read: {path}\n" in err for path in bad] == [True, True]
+    assert main([*evaluate, *chosen, "--overwrite"]) == 2
+    out, err = capsys.readouterr()
+    assert "7 of 8 queries counted" in out and "2 unreadable images left out" in out
+    assert "autoreid: --ranked: none of the chosen queries could be read, so there is no list to draw" in err
+
+
+def test_many_queries_of_one_name_are_too_many_for_a_picture(capsys, tmp_path, trained, no_pictures):
+    for n in range(51):
+        for part in ("query", "gallery", "train"):
+            path = tmp_path / "set" / part / f"{part[0] if part == 'train' else 'p'}{n:02d}" / f"{part}.png"
+            path.parent.mkdir(parents=True)
+            planted.Image.new("RGB", (8, 16)).save(path)
+    fault = words(capsys, "evaluate", str(trained), "--dataset", "folder", "--root", str(tmp_path / "set"), "--ranked",
+                  str(tmp_path / "l.png"), "--queries", "query.png")
+    assert fault == ("autoreid: --queries query.png: 51 queries' paths end so, a picture has room for 50; give more of the "
+                     "path, as in FOLDER/FILE")
+
+
+def test_sets_that_keep_queries_in_the_gallery_can_be_evaluated_without_cameras(capsys, tmp_path, trained, monkeypatch):
+    """What the advice of --rerank says: --protocol plain."""
+    monkeypatch.chdir(tmp_path)
+    veri, vehicles = miniature.veri(tmp_path / "v"), miniature.vehicleid(tmp_path / "i")
+    for data, own in ((["--dataset", "veri", "--root", str(veri)], "veri"),
+                      (["--dataset", "vehicleid", "--root", str(vehicles)], "vehicleid/test-800")):
+        evaluate = ["evaluate", str(trained), *data, "--rerank", "2,1,0.3", "--ranked", "l.png", "--overwrite", "--json"]
+        if own != "veri":
+            assert words(capsys, *evaluate) == (
+                f"autoreid: protocol '{own}' draws its gallery anew, and re-ranking or expansion would see all of it: "
+                "leave --rerank and --expand out, or use --protocol plain, where the whole gallery answers")
+        assert main([*evaluate, "--protocol", "plain"]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["protocol"] == "plain" and "ranked lists: l.png" in err
+
+
+def test_pictures_are_not_written_over(capsys, tmp_path, market, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.png").write_bytes(b"mine")
+    monkeypatch.setattr("autoreid.cost.measure", None)  # found before any model is looked at
+    for command in (["cost", "resnet18"], ["density", "resnet18", "--dataset", "market", "--root", str(market)]):
+        assert words(capsys, *command, "--picture", "there.png") == (
+            "autoreid: there.png is there already: add --overwrite to replace it, or give another --picture")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert main(["cost", "resnet18", "--no-latency", "--picture", "there.png", "--overwrite"]) == 0
+    assert (tmp_path / "there.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_score_says_how_it_ranked_and_what_next(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    sides = [str(tmp_path / name) for name in ("q.npz", "g 1.npz")]
+    arrays = {"features": rng.normal(size=(12, 4)), "identities": np.arange(12) % 4, "cameras": np.arange(12) // 4}
+    for side, part in zip(sides, (slice(0, 4), slice(4, 12)), strict=True):
+        np.savez(side, **{name: values[part] for name, values in arrays.items()})
+    score = ["score", *sides, "--metric", "cosine"]
+    assert main(score) == 0
+    out, err = capsys.readouterr()
+    assert "(market1501, cosine)" in out
+    again = shlex.split(err.splitlines()[-1].removeprefix("next: "))
+    assert again[-1] == "--rerank" and main([*again[1:], "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert (result["metric"], result["rerank"]) == ("cosine", {"k1": 20, "k2": 6, "lambda": 0.3})
+    assert err.splitlines()[-1] == "next: autoreid cost"
+    assert main([*score, "--rerank", "3,2,0.5"]) == 0
+    assert "(market1501, cosine, rerank 3,2,0.5)" in capsys.readouterr().out
+
+
+def test_score_names_what_it_cannot_use(capsys, tmp_path):
+    good = {"features": np.eye(40, dtype=np.float32), "identities": np.arange(40), "cameras": np.ones(40, int)}
+    np.savez(tmp_path / "g.npz", **good)
+    np.savez(tmp_path / "f.npz", **{**good, "identities": np.arange(40.0)})
+    fault = words(capsys, "score", str(tmp_path / "f.npz"), str(tmp_path / "g.npz"))
+    assert fault.startswith("autoreid: query identities must be") and fault.endswith(".astype('int64')")
+    np.savez_compressed(tmp_path / "c.npz", **good)
+    content = bytearray((tmp_path / "c.npz").read_bytes())
+    content[60:100] = bytes(40)
+    (tmp_path / "c.npz").write_bytes(content)
+    assert words(capsys, "score", str(tmp_path / "c.npz"), str(tmp_path / "g.npz")).startswith(
+        f"autoreid: {tmp_path / 'c.npz'} cannot be read as arrays of numbers; give an .npz with features")
+
+
+def test_an_option_that_swallowed_the_file_is_named(capsys):
+    assert words(capsys, "evaluate", "--rerank", "w.safetensors", "--dataset", "market") == (
+        "autoreid evaluate: the following arguments are required: WEIGHTS; --rerank took 'w.safetensors' for its value: "
+        "put --rerank last; see autoreid evaluate --help")
+    assert words(capsys, "evaluate", "--dataset", "market", "--rerank").endswith(
+        "required: WEIGHTS; see autoreid evaluate --help")
+    fault = words(capsys, "evaluate", "w", "--dataset", "market", "--cache", "c")
+    assert fault.startswith("autoreid: unknown option of autoreid evaluate '--cache'; known: ")
+
+
+def test_data_proposes_a_search_that_runs(capsys, tmp_path, monkeypatch):
+    """Half of the identities of a folder train, and a search halves these again."""
+    monkeypatch.chdir(tmp_path)
+    for identity in range(12):
+        for n in range(4):
+            path = tmp_path / "set" / f"p{identity:02d}" / f"{n}_c{n % 2}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            planted.Image.fromarray(planted.texture(np.random.default_rng(n), identity)).save(path)
+    assert main(["data", "folder", "--root", "set"]) == 0
+    proposed = capsys.readouterr().err.splitlines()[-1]
+    assert proposed == "next: autoreid search --dataset folder --root set --set identities=3"
+    argv = [*shlex.split(proposed.removeprefix("next: "))[1:], "--epochs", "1", "--set", "alpha_warmup=0",
+            "--input", "32x16", "--set", "channels=2", "--set", "layers=1,1", "--set", "stem=half"]
+    assert main(argv) == 0
+    capsys.readouterr()
+    assert words(capsys, *argv, "--set", "identities=4", "--overwrite").endswith("as in --set identities=3")

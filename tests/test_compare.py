@@ -119,8 +119,8 @@ def test_the_columns():
     assert list(table([result()])) == [
         "model", "genotype", "seeds", "params", "macs", "mAP_mean", "mAP_std", "rank1_mean", "rank1_std",
         "rank5_mean", "rank5_std", "rank10_mean", "rank10_std", "mINP_mean", "mINP_std", "latency_ms", "latency_on",
-        "embedding_bytes", "train_seconds", "train_epochs", "dataset", "protocol", "recipe", "input", "init", "flip",
-        "rerank", "mixed",
+        "embedding_bytes", "train_seconds", "train_epochs", "dataset", "edition", "protocol", "recipe", "input", "init",
+        "flip", "views", "frames", "rerank", "expand", "denominator", "mixed",
     ]  # fmt: skip
 
 
@@ -153,20 +153,23 @@ def test_no_results_to_compare():
 
 # ---------------------------------------------------------------------------------------- refusals
 RETRAIN, EVALUATE = "retrain one of them with the same", "evaluate one of them again with the same"
+AGAIN = " (`autoreid evaluate WEIGHTS ... --out RESULT.json --overwrite` writes its file anew)"
 
 
 @pytest.mark.parametrize("changes, name, ours, theirs, cure", [
     ({"dataset": "market1501"}, "dataset", "'drawn-people'", "'market1501'",
      "compare the results of one dataset at a time"),
-    ({"protocol": "vehicleid"}, "protocol", "'cross-camera'", "'vehicleid'", f"{EVALUATE} protocol"),
+    ({"protocol": "vehicleid"}, "protocol", "'cross-camera'", "'vehicleid'", f"{EVALUATE} protocol{AGAIN}"),
     ({"recipe": "ffff"}, "recipe", "'a1b2'", "'ffff'", f"{RETRAIN} recipe"),
     ({"input": [256, 128]}, "input", "'128x64'", "'256x128'", f"{RETRAIN} input"),
     ({"init": "imagenet"}, "init", "'scratch'", "'imagenet'", f"{RETRAIN} init"),
-    ({"flip": True}, "flip", "False", "True", f"{EVALUATE} flip"),
-    ({"flip": False, "views": 10}, "views", "1", "10", f"{EVALUATE} views"),
-    ({"frames": "max"}, "frames", "'mean'", "'max'", f"{EVALUATE} frames"),
-    ({"denominator": "all"}, "denominator", "'scored'", "'all'", f"{EVALUATE} denominator"),
-    ({"rerank": True}, "rerank", "False", "True", f"{EVALUATE} rerank"),
+    ({"flip": True}, "views", "1", "2", f"{EVALUATE} views{AGAIN}"),
+    ({"flip": False, "views": 10}, "views", "1", "10", f"{EVALUATE} views{AGAIN}"),
+    ({"frames": "max"}, "frames", "'mean'", "'max'", f"{EVALUATE} frames{AGAIN}"),
+    ({"denominator": "all"}, "denominator", "'scored'", "'all'", f"{EVALUATE} denominator{AGAIN}"),
+    ({"rerank": True}, "rerank", "False", "True", f"{EVALUATE} rerank{AGAIN}"),
+    ({"expand": {"k": 3, "alpha": 0.0}}, "expand", "False", "'{\"alpha\": 0.0, \"k\": 3}'", f"{EVALUATE} expand{AGAIN}"),
+    ({"unreadable": 1}, "unreadable", "0", "1", "copy the images again that one of them left out, and evaluate it again"),
     ({"train": {"epochs": 10}}, "train epochs", "60", "10", f"{RETRAIN} train epochs"),
 ])  # fmt: skip
 def test_rows_that_are_not_comparable_are_refused(changes, name, ours, theirs, cure):
@@ -184,6 +187,24 @@ def test_splits_are_compared_where_both_tell():
         "copy of the dataset and retrain one of them, or mark such rows with --allow-mixed"
     )
     assert len(table([ours, result("silent")])) == 2
+
+
+@pytest.mark.parametrize(("name", "cure"), [
+    ("edition", "compare results on one edition"),
+    ("fingerprint", "they were tested on other lists of images: compare results on one copy of the data, or evaluate one "
+     "of them again on the other's"),
+    ("train_fingerprint", "they were trained on other lists of images: retrain one of them on the other's"),
+])
+def test_other_data_of_the_same_name_is_refused_where_both_tell(name, cure):
+    """Two folders of one's own are both called folder, and MSMT17 is V1 or V2; results recorded before say neither."""
+    ours, theirs = result(file="a", **{name: "one"}), result(seed=1, file="b", **{name: "two"})
+    assert words(table, [result("silent"), ours, theirs]) == (
+        f"results are not comparable: {name} is 'one' in a but 'two' in b; {cure}, or mark such rows with --allow-mixed"
+    )
+    assert len(table([result("silent"), ours, result("other", **{name: "one"}), result("none", **{name: None})])) == 4
+    silent = [result("silent", seed) for seed in range(3)]
+    marked = table([*silent, ours, result("other", **{name: "one"}), theirs], allow_mixed=True)
+    assert sorted(marked["mixed"]) == ["", "", "", f"{name} two (others one)"]
 
 
 def test_a_model_trained_elsewhere_is_not_comparable():
@@ -333,7 +354,7 @@ PML    resnet18      2    11 M   590 M  49.3 ± 5.2  60.0 ± 0.0  80.0 ± 0.0  9
 PML    shuffle       1   1.4 M   131 M        40.0        60.0        80.0        90.0        20.0  5.25   2048      100
 P      fat           1  47.1 k  1.68 G        30.0        60.0        80.0        90.0        20.0     -   2048      100
 
-drawn-people: protocol cross-camera, input 128x64, init scratch, recipe a1b2, flip off, rerank off.
+drawn-people: protocol cross-camera, input 128x64, init scratch, recipe a1b2, views 1, rerank off, expand off.
 Scores: mean ± sample standard deviation over seeds, in percent. MACs: multiply-accumulates of one image.
 Front (P by parameters, M by MACs, L by latency): no other row is as cheap and as good, and better in one.
 Milliseconds per batch on cpu, batch 1, Some CPU.
@@ -347,6 +368,18 @@ def test_the_table_in_the_terminal():
 def test_the_text_is_sorted_whatever_the_table():
     shuffled = table(SMALL).iloc[[2, 0, 1]]
     assert format_table(shuffled) == format_table(table(SMALL))
+
+
+def test_the_footer_says_how_was_evaluated_and_on_what():
+    how = {"views": 10, "flip": True, "frames": "max", "expand": {"k": 10, "alpha": 3.0}, "denominator": "all",
+           "rerank": {"k1": 20, "k2": 6, "lambda": 0.3}, "dataset": "msmt17", "edition": "MSMT17_V2"}
+    assert (
+        "msmt17 (MSMT17_V2): protocol cross-camera, input 128x64, init scratch, recipe a1b2, views 10, rerank k1=20 k2=6 "
+        "lambda=0.3, expand alpha=3.0 k=10, frames max, denominator all.") in format_table(table([result(**how)]))
+
+
+def test_a_result_without_reranking_is_one_however_it_says_so():
+    assert len(table([result("a", rerank=False), result("b", rerank=None, expand=None)])) == 2
 
 
 def test_marks_of_mixed_rows_and_places():

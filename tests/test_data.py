@@ -216,3 +216,22 @@ def test_a_list_of_samples_needs_no_torch_and_no_matlab():
 
     code = "import sys, autoreid.data; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'scipy', 'h5py')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_picture_cache_without_fcntl(tmp_path):
+    """Windows has none."""
+    import subprocess
+
+    image = make(tmp_path / "data") / "query" / "0001_c1s1_000151_00.jpg"
+    code = f"""
+import sys, types
+import autoreid.runs, torch
+sys.modules["fcntl"] = None
+locked = []
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_LOCK=1, locking=lambda *arguments: locked.append(arguments[1:]))
+from autoreid.pictures import Pictures
+[picture] = Pictures([{str(image)!r}], (8, 4), {str(tmp_path / "cache")!r}).read([0])
+assert picture.shape == (3, 8, 4) and locked == [(1, 1)]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -300,6 +300,43 @@ def test_msmt17_needs_the_camera_in_the_name(tmp_path):
     )
 
 
+@pytest.mark.parametrize("edition", ["V1", "V2"])
+def test_msmt17_names_its_edition_and_what_it_lacks(tmp_path, edition):
+    folder = miniature.msmt17(tmp_path, edition)
+    miniature.market(tmp_path)
+    assert load("msmt17", tmp_path).edition == check("msmt17", tmp_path)["edition"] == f"MSMT17_{edition}"
+    joined = load("market+msmt17", tmp_path)
+    assert (joined.edition, check("market+msmt17", tmp_path)["edition"]) == (f"MSMT17_{edition}",) * 2
+    assert load("market", tmp_path).edition == ""
+    images = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}[edition]
+    for name in images:
+        (folder / name).rename(folder / f"{name}.gone")
+    assert f"folder '{images[0]}' (train) is missing" in said(load, "msmt17", tmp_path)  # this edition's, not V1's
+    if edition == "V2":
+        for name in images:
+            (folder / f"{name}.gone").rename(folder / name.replace("v2", "V2"))
+        assert load("msmt17", tmp_path).edition == "MSMT17_V2"
+
+
+def test_msmt17_two_editions_are_not_chosen_between(tmp_path):
+    one, other = miniature.msmt17(tmp_path, "V1"), miniature.msmt17(tmp_path, "V2")
+    for parts in (("train",), ("query", "gallery"), ("train", "query", "gallery")):
+        assert said(load, "msmt17", tmp_path, parts=parts) == (
+            f"two editions with other pictures are under {tmp_path}: MSMT17_V1 in {one}, MSMT17_V2 in {other}; "
+            f"give --root {one} or --root {other}, or move one of them elsewhere"
+        )
+    assert said(check, "msmt17/train+val", tmp_path).startswith("two editions with other pictures are under ")
+    assert [load("msmt17", folder).edition for folder in (one, other)] == ["MSMT17_V1", "MSMT17_V2"]
+    (other / "list_gallery.txt").unlink()
+    assert load("msmt17", tmp_path).edition == "MSMT17_V1"  # the whole one
+    both = miniature.msmt17(tmp_path / "mixed", "V1", "MSMT17")
+    miniature.msmt17(tmp_path / "mixed", "V2", "MSMT17")
+    assert said(load, "msmt17", both) == (
+        f"two editions with other pictures are under {both}: MSMT17_V1 in {both}, MSMT17_V2 in {both}; move one of them "
+        "elsewhere"
+    )
+
+
 # ------------------------------------------------------------------------------------------------- CUHK03
 @pytest.mark.parametrize("inside", [*cuhk03.NP_FOLDERS, "."])
 def test_cuhk03_np_folders(tmp_path, inside):
@@ -407,6 +444,66 @@ def test_cuhk03_with_something_missing(tmp_path, monkeypatch):
     assert f"{detected} cannot be read (" in said(load, "cuhk03", tmp_path)
 
 
+@pytest.fixture
+def cuhk03_config(tmp_path):
+    """A function that changes variables of the detected configuration; the copy it belongs to is in tmp_path."""
+    from scipy.io import loadmat, savemat
+
+    path = miniature.cuhk03_raw(tmp_path) / "cuhk03_new_protocol_config_detected.mat"
+    original = {name: value for name, value in loadmat(path).items() if not name.startswith("__")}
+
+    def change(**variables):
+        savemat(path, {**original, **variables})
+        return path
+
+    change.original = original
+    return change
+
+
+def test_cuhk03_numbers_may_be_matlabs_doubles(tmp_path, cuhk03_config):
+    expected = load("cuhk03", tmp_path)
+    whole = ("train_idx", "query_idx", "gallery_idx", "labels")
+    cuhk03_config(**{name: cuhk03_config.original[name].astype(float) for name in whole})
+    assert load("cuhk03", tmp_path) == expected
+    for name, wrong in (("train_idx", [1.5]), ("labels", [np.nan] * 9), ("train_idx", ["x"])):
+        path = cuhk03_config(**{name: np.array([wrong])})
+        words = f"{path}: variable {name} must hold whole numbers and does not; copy the original file again"
+        assert said(load, "cuhk03", tmp_path) == words
+        assert check("cuhk03", tmp_path)["problems"].count(words) == 1
+
+
+def test_cuhk03_an_empty_cell_of_names(tmp_path, cuhk03_config):
+    names = cuhk03_config.original["filelist"].copy()
+    row = int(cuhk03_config.original["train_idx"].flatten()[0])
+    names[row - 1, 0] = np.array([], dtype="U1")
+    path = cuhk03_config(filelist=names)
+    assert said(load, "cuhk03", tmp_path) == f"{path} names '', which is not like 1_001_1_01.png; copy it again"
+
+
+@pytest.mark.parametrize("stored", ["numbers", "text", "group", "references to nothing", "grey images"])
+def test_cuhk03_raw_file_that_is_laid_out_otherwise(tmp_path, stored):
+    import h5py
+
+    mat = miniature.cuhk03_raw(tmp_path) / "cuhk03_release" / "cuhk-03.mat"
+    with h5py.File(mat, "r+") as file:
+        for name in ("detected", "testsets"):
+            if stored == "grey images":
+                grey = file.create_dataset("grey", data=np.ones((2, 4, 6), np.uint8))
+                file[file["detected"][()].ravel()[0]][0, 0] = grey.ref
+                break
+            del file[name]
+            if stored == "group":
+                file.create_group(name)
+            else:
+                data = {"numbers": np.arange(5), "text": "none"}.get(stored, np.empty((1, 5), h5py.ref_dtype))
+                file.create_dataset(name, data=data)
+    words = said(load, "cuhk03", tmp_path)
+    assert f"of {mat} is not laid out as in CUHK03's cuhk-03.mat (" in words and words.endswith("); copy the original file")
+    assert list((tmp_path / "cache").iterdir()) == []
+    if stored != "grey images":
+        assert f"'testsets' of {mat} is not laid out" in said(load, "cuhk03/detected-classic-3", tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------- vehicles
 @pytest.mark.parametrize("folder", [*vehicleid.FOLDERS, "."])
 def test_vehicleid_has_no_cameras_and_one_test_list(tmp_path, folder):
@@ -424,8 +521,93 @@ def test_vehicleid_has_no_cameras_and_one_test_list(tmp_path, folder):
     assert check("vehicleid/test-1600", tmp_path)["problems"] == [
         "1 identity is in train and in the test, the first is 0: their scores would be too good; "
         "take them out of one of the two",
-        f"2 files are in two parts, the first is {folder / 'image' / '0000001.jpg'} (train and gallery); list each in one part",
+        f"2 files are in two parts, the first is {folder / 'image' / '0000001.jpg'} (train and gallery); list each in one "
+        "part",
     ]
+
+
+def test_vehicleid_with_nobody_who_could_ask(tmp_path):
+    folder = miniature.vehicleid(tmp_path)
+    text(folder / "train_test_split" / "test_list_800.txt", ["0000201 3", "0000301 9"])
+    report = check("vehicleid", tmp_path)
+    assert report["unmatched_queries"] == 2 and report["problems"] == [
+        "none of the 2 identities of the test list has a second image, so that nobody can ask and nothing can be scored; "
+        "copy the list again"
+    ]
+    text(folder / "train_test_split" / "test_list_800.txt", ["0000201 3", "0000202 3", "0000301 9"])
+    assert check("vehicleid", tmp_path)["problems"] == []
+
+
+def test_numbers_beyond_64_bits(tmp_path):
+    folder = miniature.vric(tmp_path)
+    text(folder / "vric_probe.txt", [f"00001.jpg 2 {2**63}"])
+    words = (
+        f"dataset 'vric' at {folder}: {folder / 'probe_images' / '00001.jpg'} (query) has identity 3 and camera {2**63}, "
+        "and numbers must be below 2^63; renumber them"
+    )
+    assert said(load, "vric", tmp_path) == words
+    assert words in check("vric", tmp_path)["problems"]
+
+
+def test_nobody_asks_for_distractors(tmp_path):
+    """0000 matches nothing, other 0000 neither."""
+    folder = miniature.market(tmp_path)
+    for name in ("0000_c2s1_000001_01.jpg", "-1_c2s1_000001_01.jpg"):
+        image(folder / "query" / name)
+    splits = load("market", tmp_path)
+    assert tags(splits.query) == [(1, 1), (3, 6)] and (0, 1) in tags(splits.gallery)
+    report = check("market", tmp_path)
+    assert report["unmatched_queries"] == 0 and report["problems"] == [
+        "query: 2 images have identity -1 or 0000 and are left out; number identities from 0001"
+    ]
+    for name in ("0001_c1s1_000151_00.jpg", "0003_c6s1_000151_00.jpg"):
+        (folder / "query" / name).unlink()
+    assert said(load, "market", tmp_path) == (
+        f"dataset 'market' at {folder}: all 2 images of query have identity -1 or 0000, which are nobody; number "
+        "identities from 0001"
+    )
+
+
+@pytest.mark.parametrize("name, path, kind", [
+    ("market", "bounding_box_train", "folder"), ("vehicleid/test-800", "train_test_split/train_list.txt", "file"),
+    ("msmt17", "train", "folder"), ("mars", "info/train_name.txt", "file"),
+])  # fmt: skip
+def test_a_file_where_a_folder_should_be(tmp_path, name, path, kind):
+    folder = WRITERS[name](tmp_path)
+    (folder / path).rename(folder / "gone")
+    (folder / path).touch() if kind == "folder" else (folder / path).mkdir()
+    start = f"dataset '{name}' at {folder} is incomplete: {kind} '{path}' (train) is no {kind}; copy the whole dataset"
+    assert said(load, name, tmp_path).startswith(start)
+    assert [line for line in check(name, tmp_path)["problems"] if line.startswith(start)]
+
+
+@pytest.mark.parametrize("name, path", [
+    ("veri-wild/test-3000", "train_test_split/vehicle_info.txt"),
+    ("cuhk03/detected", "cuhk03_new_protocol_config_detected.mat"),
+])  # fmt: skip
+def test_what_all_parts_lack_is_said_once(tmp_path, name, path):
+    folder = miniature.cuhk03_raw(tmp_path) if name.startswith("cuhk03") else miniature.veri_wild(tmp_path)
+    damaged = (folder / path).read_bytes()[:99].replace(b";", b" ")
+    (folder / path).unlink()
+    [line] = check(name, tmp_path)["problems"]
+    assert line.startswith(
+        f"dataset '{name}' at {folder} is incomplete: file '{path}' (train, query, gallery) is missing; copy the whole"
+    )
+    (folder / path).write_bytes(damaged)
+    assert len(check(name, tmp_path)["problems"]) == 1
+
+
+@pytest.mark.parametrize("name, inside", [
+    ("market", "Market-1501-v15.09.15/Market-1501-v15.09.15"), ("msmt17", "MSMT17_V2/MSMT17_V2"),
+    ("msmt17", "msmt17/MSMT17_V2/MSMT17_V2"), ("veri", "veri_776"), ("veri", "VeRi_776/VeRi_776"),
+    ("vehicleid/test-800", "VehicleID_V1.0/VehicleID_V1.0"), ("mars", "MARS/MARS"),
+])  # fmt: skip
+def test_an_archive_unpacked_into_a_folder_of_its_own(tmp_path, name, inside):
+    folder = miniature.msmt17(tmp_path / "x", "V2") if name == "msmt17" else WRITERS[name](tmp_path / "x")
+    (tmp_path / "data" / inside).parent.mkdir(parents=True)
+    folder.rename(tmp_path / "data" / inside)
+    expected = load(name, tmp_path / "data" / inside)
+    assert load(name, tmp_path / "data") == load(name, (tmp_path / "data" / inside).parent) == expected
 
 
 @pytest.mark.parametrize("folder", [*veri_wild.FOLDERS, "."])
@@ -539,6 +721,24 @@ def test_mars_lists_that_do_not_fit(tmp_path):
     )
 
 
+@pytest.mark.parametrize("rows, words", [
+    (np.ones((2, 5), int), "{} is a table of 2 x 5 and must have 4 columns (first frame, last frame, identity, camera); "
+     "copy info/ again"),
+    (np.array([[1, 2, 1, np.nan]]), "{}: variable track_train_info must hold whole numbers and does not; copy the original "
+     "file again"),
+    (np.array([["a", "b", "c", "d"]]), "{}: variable track_train_info must hold whole numbers and does not; copy the "
+     "original file again"),
+])  # fmt: skip
+def test_mars_rows_that_are_no_tracklets(tmp_path, rows, words):
+    from scipy.io import savemat
+
+    path = miniature.mars(tmp_path) / "info" / "tracks_train_info.mat"
+    savemat(path, {"track_train_info": rows})
+    assert said(load, "mars", tmp_path) == words.format(path)
+    savemat(path, {"track_train_info": np.array([[1.0, 2.0, 1.0, 1.0]])})  # doubles
+    assert len(load("mars", tmp_path).train[0].frames) == 2
+
+
 @pytest.mark.parametrize("inside", [*duke.FOLDERS, "."])
 def test_duke_reads_the_copy_and_says_once_that_it_was_withdrawn(tmp_path, inside, monkeypatch, capsys):
     monkeypatch.setattr(locate, "_SAID", set())
@@ -560,6 +760,15 @@ def test_market_500k_adds_distractors_whatever_their_names(tmp_path, images):
     place = Path(os.path.normpath(folder / images))
     assert seen(more.gallery[len(plain.gallery) :], place) == [("00000001.jpg", 0, 0), ("0000_c3s1_000001_00.jpg", 0, 3)]
     assert (more.train, more.query, more.protocol, more.name) == (plain.train, plain.query, "market1501", "market+500k")
+
+
+def test_market_500k_one_folder_down_is_not_plain_market(tmp_path):
+    folder = miniature.market_500k(tmp_path)
+    (folder / "images").rename(folder / "inner")
+    (folder / "images").mkdir()
+    (folder / "inner").rename(folder / "images" / "images")
+    words = f"{folder / 'images'} holds no images; move the distractors' images into it, not one folder down"
+    assert said(load, "market+500k", tmp_path) == words and words in check("market+500k", tmp_path)["problems"]
 
 
 # ------------------------------------------------------------------------------------------------- own images
@@ -670,12 +879,117 @@ def test_own_folder_in_three_parts(tmp_path):
     )
 
 
+def test_own_folder_parts_in_capitals_and_by_other_names(tmp_path):
+    for part in ("train", "query", "gallery"):
+        for name in ("a", "b"):
+            for shot in range(2):
+                folder = tmp_path / part / (name if part != "train" else f"{name}x")
+                image(folder / f"{shot}_c{1 + (part == 'query')}.jpg")
+    before = load("folder", tmp_path)
+    for part in ("train", "query", "gallery"):
+        (tmp_path / part).rename(tmp_path / part.capitalize())
+    splits = load("folder", tmp_path)
+    for part in ("train", "query", "gallery"):
+        assert seen(getattr(splits, part), tmp_path / part.capitalize()) == seen(getattr(before, part), tmp_path / part)
+    assert check("folder", tmp_path)["problems"] == []
+    (tmp_path / "Query").rename(tmp_path / "Probe")
+    assert said(load, "folder", tmp_path) == (
+        f"dataset 'folder' at {tmp_path}: there is no folder 'query' (rename 'Probe'?); give train, query, gallery with "
+        "one folder per identity each, or one folder per identity and none of the three"
+    )
+    (tmp_path / "Train").rename(tmp_path / "training")
+    words = (
+        f"dataset 'folder' at {tmp_path}: these hold folders, as parts do and identities do not: Gallery, Probe, training; "
+        "the parts are train, query, gallery: rename Gallery to gallery, Probe to query, training to train"
+    )
+    assert said(load, "folder", tmp_path) == words
+    assert check("folder", tmp_path)["problems"] == [words]
+
+
+def test_own_folder_cameras_by_name_and_counted_from_0(tmp_path):
+    for name in "abcd":
+        for shot, place in enumerate(("north", "south", "north")):
+            image(tmp_path / "words" / name / f"{place}-{shot}.jpg")
+        for shot, camera in enumerate((0, 1, 0)):
+            image(tmp_path / "zero" / name / f"x_c{camera}_{shot}.jpg")
+            image(tmp_path / "one" / name / f"x_c{camera + 1}_{shot}.jpg")
+    (tmp_path / "words" / "autoreid.json").write_text(json.dumps({"camera": "(north|south)"}))
+    found = {place: load("folder", tmp_path / place) for place in ("words", "zero", "one")}
+    for splits in found.values():
+        assert [tags(part) for part in (splits.train, splits.query, splits.gallery)] == [
+            [(1, 1), (1, 1), (1, 2), (3, 1), (3, 1), (3, 2)], [(2, 1), (4, 1)], [(2, 1), (2, 2), (4, 1), (4, 2)]
+        ]  # fmt: skip
+        assert splits.protocol == "market1501"
+    notes = {place: check("folder", tmp_path / place)["notes"] for place in found}
+    line = "cameras count from 0 and are all moved up by one, as 0 stands for no camera: camera 0 is 1 here"
+    assert notes == {"words": [], "zero": [line], "one": []}
+    assert f"note: {line}" in describe(check("folder", tmp_path / "zero"))
+
+
+def test_own_folder_query_and_gallery_number_their_cameras_together(tmp_path):
+    for part, camera in (("train", 1), ("train", 2), ("query", 1), ("gallery", 0), ("gallery", 1)):
+        image(tmp_path / part / ("a" if part == "train" else "b") / f"x_c{camera}.jpg")
+    splits = load("folder", tmp_path)
+    assert [tags(part) for part in (splits.query, splits.gallery)] == [[(2, 2)], [(2, 1), (2, 2)]]
+    assert load("folder", tmp_path, parts=("query",)).query == splits.query
+    assert tags(splits.train) == [(1, 1), (1, 2)]  # a search lists nothing of the test
+
+
+def test_own_folder_says_what_it_does_not_read(tmp_path):
+    miniature.own_folder(tmp_path)
+    assert len(load("folder", tmp_path).train) == 6
+    (tmp_path / "anna" / "anna_c2_7.webp").write_bytes(miniature.jpeg(kind="WEBP"))
+    assert len(load("folder", tmp_path).train) == 7  # read as any other
+    assert check("folder", tmp_path)["problems"] == []
+    image(tmp_path / "loose.jpg")
+    image(tmp_path / "anna" / "night" / "anna_c1_8.jpg")
+    image(tmp_path / "bert" / "bert_c1_9.TIFF")
+    image(tmp_path / "outer" / "inner" / "x_c1_1.jpg")
+    (tmp_path / "zoe").mkdir()
+    assert check("folder", tmp_path)["problems"] == [
+        f"not read: images beside the folders of identities, 1 in all, the first is {tmp_path / 'loose.jpg'}; move each "
+        "into its identity's folder",
+        f"not read: folders inside an identity's folder, 2 in all, the first is {tmp_path / 'anna' / 'night'}; move their "
+        "images up",
+        "not read: pictures that are no .jpg, .png, .bmp or .webp, 1 in all, the first is "
+        f"{tmp_path / 'bert' / 'bert_c1_9.TIFF'}; save them as one of these",
+        f"not read: folders of identities without any image, 1 in all, the first is {tmp_path / 'zoe'}; fill or remove "
+        "them",
+    ]
+    for part in ("train", "query", "gallery", "val"):
+        for shot in range(2):
+            image(tmp_path / "parts" / part / f"{part == 'train'}" / f"{shot}_c{1 + (part == 'query')}.jpg")
+    assert check("folder", tmp_path / "parts")["problems"] == [
+        f"not read: folders beside the parts, 1 in all, the first is {tmp_path / 'parts' / 'val'}; the parts are train, "
+        "query, gallery"
+    ]
+
+
+def test_own_folder_that_is_a_file(tmp_path):
+    (tmp_path / "list.csv").touch()
+    words = (
+        f"dataset 'folder': {tmp_path / 'list.csv'} is a file; give --root DIR, with the images in DIR/<identity>/ or in "
+        "DIR/{train,query,gallery}/<identity>/ (for a list take dataset 'csv')"
+    )
+    assert said(load, "folder", tmp_path / "list.csv") == words
+    assert check("folder", tmp_path / "list.csv")["problems"] == [words]
+
+
+def test_a_picture_too_large_to_decode_is_named(tmp_path):
+    """Pillow calls it a bomb, and that is no OSError."""
+    miniature.own_folder(tmp_path)
+    bomb = tmp_path / "anna" / "anna_c1_0.jpg"
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    assert check("folder", tmp_path)["unreadable"] == [str(bomb)]
+
+
 def test_own_folder_with_nobody_to_test(tmp_path):
     image(tmp_path / "loose.jpg")
     assert said(load, "folder", tmp_path) == (
         f"dataset 'folder' at {tmp_path} has 0 folders of identities and needs at least 2: one half trains, one tests; "
         f"put each identity's images into {tmp_path}/<identity>/"
     )
+    assert len(check("folder", tmp_path)["problems"]) == 1  # of three parts
     for name in "ab":
         image(tmp_path / name / "1.jpg")
     assert said(load, "folder", tmp_path) == (
@@ -724,8 +1038,8 @@ def test_own_csv_mistakes(tmp_path):
     assert tags(load("csv", csv_file(tmp_path, *rows)).gallery) == [(2, 2)]
     file = csv_file(tmp_path, *rows, header="path,identity,camera,part")
     assert said(load, "csv", file) == (
-        f"{file} has no column 'split' (is it 'part'?), its first line is 'path,identity,camera,part'; the first line must name path, "
-        "identity, split and, if known, camera"
+        f"{file} has no column 'split' (is it 'part'?), its first line is 'path,identity,camera,part'; the first line must "
+        "name path, identity, split and, if known, camera"
     )
     csv_file(tmp_path, *rows, "", "4.jpg,b,1,test")
     assert said(load, "csv", file) == (
@@ -742,6 +1056,62 @@ def test_own_csv_mistakes(tmp_path):
     csv_file(tmp_path, *rows)
     (tmp_path / "1.jpg").unlink()
     assert f"train names 1 images, but the first, {tmp_path / '1.jpg'}, is not there" in said(load, "csv", file)
+
+
+def test_own_csv_cameras_counted_from_0(tmp_path):
+    """0 is a camera like any other; without this the protocol would silently be plain."""
+    rows = ["1.jpg,a,{0},train", "2.jpg,a,{1},train", "3.jpg,b,{0},query", "4.jpg,b,{1},gallery", "5.jpg,b,{0},gallery"]
+    found = []
+    for cameras in ((0, 1), (1, 2), ("00", "01"), ("gate", "roof"), ("²", "³"), (0, 10**30)):
+        found.append(load("csv", csv_file(tmp_path, *(row.format(*cameras) for row in rows))))
+        assert check("csv", tmp_path)["problems"] == []
+    assert all(splits == found[0] for splits in found) and found[0].protocol == "market1501"
+    assert tags(found[0].gallery) == [(2, 2), (2, 1)]
+    splits = load("csv", csv_file(tmp_path, *(row.format(7, 0) for row in rows)))
+    assert tags(splits.gallery) == [(2, 1), (2, 8)]
+    assert check("csv", tmp_path)["notes"] == [
+        "cameras count from 0 and are all moved up by one, as 0 stands for no camera: camera 0 is 1 here"
+    ]
+
+
+def test_own_csv_columns_that_are_not_read(tmp_path):
+    rows = ["1.jpg,a,1,train,noon", "4.jpg,a,1,train,noon", "2.jpg,b,1,query,", "3.jpg,b,2,gallery,noon"]
+    file = csv_file(tmp_path, *rows, header="path,identity,camera,split,daytime")
+    report = check("csv", file)
+    assert report["problems"] == [] and report["notes"] == ["columns that are not read: daytime"]
+    for name in ("cam", "CamID", "cam_id", "camera_id", "cameras", "camra"):
+        file = csv_file(tmp_path, *rows, header=f"path,identity,{name},split,daytime")
+        assert said(load, "csv", file) == (
+            f"{file} has no column 'camera' but one that is called '{name.lower()}'; call it 'camera', or remove it to go "
+            "without cameras"
+        )
+        assert len(check("csv", file)["problems"]) == 1
+    for name in ("name", "time", "campaign", "place"):  # nothing like it
+        assert load("csv", csv_file(tmp_path, *rows, header=f"path,identity,{name},split,daytime")).protocol == "plain"
+    file = csv_file(tmp_path, *rows, header="file,pid,camera,split,daytime")
+    assert f"{file} has no column 'path' (is it 'file'?)" in said(load, "csv", file)
+
+
+def test_own_csv_as_excel_writes_it(tmp_path):
+    file = miniature.own_csv(tmp_path)
+    expected, plain = load("csv", file), file.read_bytes().decode("utf-8-sig")
+    for encoding in ("utf-16", "utf-8", "utf-8-sig"):
+        file.write_bytes(plain.encode(encoding))
+        assert load("csv", file) == expected
+    for line, delimiter in (("sep=;", ";"), ('"sep=,"', ","), ("SEP=|", "|"), ("sep=\t", "\t")):
+        file.write_text(f"{line}\n{plain.replace(',', delimiter)}")
+        assert load("csv", file) == expected
+    file.write_text("sep=,\n" + plain + "x.jpg,,1,train\n")
+    assert f"line {2 + plain.count(chr(10))}: identity is empty" in said(load, "csv", file)
+
+
+@pytest.mark.parametrize("more", [0, 10_000])
+def test_own_csv_with_a_quote_that_does_not_close(tmp_path, more):
+    rows = ["1.jpg,a,1,train", '2.jpg,"b,1,query', "3.jpg,b,2,gallery", *(f"{n}.jpg,b,2,gallery" for n in range(more))]
+    (tmp_path / "list.csv").write_text("\n".join(["path,identity,camera,split", *rows]))
+    words = said(load, "csv", tmp_path)
+    assert words.startswith(f"{tmp_path / 'list.csv'} line 3: a quote opens that does not close where the value ends (")
+    assert check("csv", tmp_path)["problems"] == [words]
 
 
 def test_labels_of_training_identities_do_not_depend_on_the_test(tmp_path):
@@ -830,7 +1200,8 @@ def test_a_fingerprint_stands_for_the_lists_and_not_for_the_place(tmp_path, monk
 
 def test_a_query_that_lies_in_the_gallery_too_is_one_picture(tmp_path):
     folder = miniature.veri(tmp_path)
-    (folder / "image_test" / "0005_c011_00064720_0.jpg").write_bytes(miniature.jpeg((1, 2, 3)))  # a name alone is not enough
+    other = miniature.jpeg((1, 2, 3))  # a name alone is not enough
+    (folder / "image_test" / "0005_c011_00064720_0.jpg").write_bytes(other)
     splits = load("veri", tmp_path)
     query, gallery = picture_numbers(splits.query, splits.gallery)
     assert [gallery.index(number) if number in gallery else None for number in query] == [0, None]

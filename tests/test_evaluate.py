@@ -1,5 +1,6 @@
 """Features from a network, metrics from features, and a retrieval task out of training identities."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from autoreid.errors import UserError
 from autoreid.evaluate import Evaluation, evaluate, extract, extract_readable, held_out_split
 from autoreid.loading import load_images, normalise
 from autoreid.metrics import metrics_from_distances, retrieval_metrics
+from autoreid.ranked import ranked_lists
 from autoreid.rerank import expand_queries, rerank
 
 SIZE = (16, 8)
@@ -172,7 +174,8 @@ def test_a_tracklet_remains_while_one_of_its_frames_does(people, tmp_path):
 
 
 def test_evaluate_counts_what_it_leaves_out(people, tmp_path):
-    query, gallery = held_out_split(broken(people, tmp_path, 0, 9, 20))
+    query, gallery = held_out_split(people)
+    query, gallery = broken(query, tmp_path, 0, 9), broken(gallery, tmp_path, 5)
     gone = {s.path for s in [*query, *gallery] if "broken" in s.path}
     net = a_net()
     with pytest.raises(UserError, match="is truncated or unreadable"):
@@ -181,8 +184,22 @@ def test_evaluate_counts_what_it_leaves_out(people, tmp_path):
     assert len(gone) == metrics.unreadable == metrics.to_dict()["unreadable"] == 3
     rest = [[s for s in part if s.path not in gone] for part in (query, gallery)]
     expected = evaluate(net, *rest, SIZE)
-    assert expected.unreadable == 0 and metrics.total == expected.total
-    assert {**metrics.to_dict(), "unreadable": 0} == expected.to_dict()
+    lost = sum(s.path in gone for s in query)
+    assert expected.unreadable == 0 and lost == 2 and metrics.total == expected.total + lost == len(query)
+    assert {**metrics.to_dict(), "unreadable": 0, "total": expected.total} == expected.to_dict()
+    of_all = evaluate(net, query, gallery, SIZE, how=Evaluation(skip_unreadable=True, denominator="all"))
+    assert of_all.mAP == pytest.approx(metrics.mAP * metrics.scored / len(query))
+
+
+def test_of_one_list_an_image_that_cannot_be_read_no_longer_asks(people, tmp_path):
+    samples = broken(people, tmp_path, 3)
+    how = Evaluation(skip_unreadable=True)
+    metrics = evaluate(a_net(), samples, samples, SIZE, protocol="vehicleid/test-800", how=how)
+    assert (metrics.total, metrics.scored, metrics.unreadable) == (25, 24, 1)
+    alone = samples[:7]  # of identity 2 nothing is left: it takes no gallery image, and none asks for it
+    alone = broken(alone, tmp_path, 6)
+    metrics = evaluate(a_net(), alone, alone, SIZE, protocol="vehicleid/test-800", how=how)
+    assert (metrics.total, metrics.scored, metrics.unreadable) == (5, 4, 2)
 
 
 def test_one_list_is_extracted_once_and_draws_its_gallery(people, monkeypatch):
@@ -212,13 +229,58 @@ def test_the_denominator_and_the_pooling_reach_the_metrics(people, tracklets):
         assert evaluate(net, tracklets, tracklets, SIZE, protocol="mars", how=Evaluation(frames=pooling)) == expected
 
 
-def test_a_query_must_not_find_itself(people):
-    with pytest.raises(UserError) as error:
-        evaluate(a_net(), people[:4], people[2:], SIZE, protocol="plain")
-    assert str(error.value) == (
-        f"2 pictures are query and gallery at once, the first is {people[2].path}, and protocol 'plain' would find each "
-        "at the first place; take them out of the gallery"
-    )
+@pytest.mark.parametrize("how", [Evaluation(), Evaluation(rerank=(4, 2, 0.3))])
+def test_without_cameras_a_query_does_not_find_itself(people, tmp_path, how):
+    """MARS keeps its queries in the gallery, VeRi a copy of each in the gallery's folder."""
+    shuffled = [s._replace(identity=1 + n % 5) for n, s in enumerate(people)]  # or all would be found anyway
+    net, query, gallery = a_net(), shuffled[:4], shuffled[2:]
+    copy = tmp_path / Path(gallery[0].path).name
+    copy.write_bytes(Path(gallery[0].path).read_bytes())
+    for other in (gallery, [gallery[0]._replace(path=str(copy)), *gallery[1:]]):
+        found = evaluate(net, query, other, SIZE, protocol="plain", how=how)
+        # as if each query had a gallery of its own: the numbers of the query's own pictures stand for cameras
+        pictures = [0, 1, 2, 3], [2, 3, *range(4, 30)]
+        features = extract(net, query, SIZE), extract(net, other, SIZE)
+        sides = [(f, [s.identity for s in part], numbers)
+                 for f, part, numbers in zip(features, (query, other), pictures, strict=True)]
+        assert found == replace(retrieval_metrics(*sides[0], *sides[1], rerank=how.rerank), protocol="plain")
+        assert found.mAP < 1
+
+
+@pytest.mark.parametrize(("query", "gallery", "protocol", "words"), [
+    (slice(0, 6), slice(6, 30), "market1501", "none of the 6 queries has a gallery image of its identity, so nothing"),
+    (slice(0, 1), slice(1, 2), "market1501", "every gallery image of the queries' identities has camera 1, and protocol"),
+    (slice(0, 1), slice(0, 1), "plain", "none of the 1 queries has a gallery image of its identity beside itself"),
+    (slice(0, 30, 6), slice(0, 30, 6), "vehicleid/test-800", "none of the 5 queries has a second image of its identity"),
+    (slice(0, 3), slice(3, 6), "vehicleid/test-800", "protocol 'vehicleid/test-800' draws its gallery from one list of"),
+])
+def test_what_names_tell_is_found_before_a_picture_is_opened(people, monkeypatch, query, gallery, protocol, words):
+    monkeypatch.setattr(module, "load_images", None)
+    with pytest.raises(UserError) as fault:
+        evaluate(a_net(), people[query], people[gallery], SIZE, protocol)
+    assert str(fault.value).startswith(words)
+
+
+def test_what_must_be_said_of_figures(people):
+    rule, lines = module.check_task(people[:6], people[:2], "market1501")
+    assert rule.name == "market1501" and len(lines) == 1 and "4 of 6 queries can be scored" in lines[0]
+    assert module.check_task(people[:6], people, "market1501")[1] == []
+
+
+@pytest.mark.parametrize("how", [Evaluation(), Evaluation(views=10), Evaluation(expand=(3, 1.0)),
+                                 Evaluation(views=2, expand=(3, 0.0), rerank=(4, 2, 0.3))])
+def test_ranked_lists_are_of_the_ranking_that_the_figures_are_of(people, how):
+    query, gallery = held_out_split(people)
+    extracted = module.extract_both(a_net(), query, gallery, SIZE, how=how)
+    lists = ranked_lists(**extracted.ranking(), count=1000, depth=len(gallery))
+    assert len(lists) == 15
+    metrics = extracted.metrics()
+    assert metrics == evaluate(a_net(), query, gallery, SIZE, how=how)
+    assert np.mean([ranked.average_precision for ranked in lists]) == pytest.approx(metrics.mAP, abs=1e-12)
+    for ranked in lists:
+        kinds = [kind for kind in ranked.kinds if kind != "junk"]
+        hits = [(n + 1) / (i + 1) for n, i in enumerate(i for i, kind in enumerate(kinds) if kind == "match")]
+        assert np.mean(hits) == pytest.approx(ranked.average_precision)  # what is shown is what was scored
 
 
 def test_held_out_split_by_hand():

@@ -160,7 +160,7 @@ def test_everyone_comes_once_before_anyone_comes_again():
 def test_sampler_mistakes():
     assert said(PKSampler, [0, 0, 1, 2], 16, 4) == (
         "a batch of 16 identities x 4 images needs 16 identities, but there are only 3; "
-        "lower identities to at most 3"
+        "lower identities to at most 3, as in --set identities=3"
     )
     assert said(PKSampler, [0, 0], 1, 0) == "a batch is P x K images with P and K at least 1, got 1 x 0"
 

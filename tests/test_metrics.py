@@ -20,7 +20,7 @@ from autoreid.metrics import (
     retrieval_metrics,
     score,
 )
-from autoreid.protocols import Tags, find_draws, find_matches
+from autoreid.protocols import Tags, find_draws, find_matches, nothing_scored, one_camera
 from autoreid.ranking import Features, ranks_of_features
 
 
@@ -476,8 +476,8 @@ def refused(call, *arguments, **options):
 def test_why_nothing_can_be_scored():
     eye = np.eye(2)
     assert refused(retrieval_metrics, eye, [1, 2], [4, 4], eye, [1, 2], [4, 4], protocol="msmt17") == (
-        "every gallery image of the queries' identities has camera 4, and protocol 'msmt17' leaves out what the query's own "
-        "camera took, so 2 of 2 queries cannot be scored; give the true cameras, or use --protocol plain to ignore them"
+        "every gallery image of the queries' identities has camera 4, and protocol 'msmt17' leaves out what the query's "
+        "own camera took, so nothing can be scored; give the true cameras, or use --protocol plain to ignore them"
     )
     assert retrieval_metrics(eye, [1, 2], [4, 4], eye, [1, 2], [4, 4], protocol="plain").mAP == 1.0
     assert refused(retrieval_metrics, eye, [1, 2], [1, 2], eye, [1, 2], [1, 2]) == (
@@ -490,6 +490,49 @@ def test_why_nothing_can_be_scored():
     )
     assert refused(metrics_from_distances, eye, [1, 2], None, [1, 2], None, "vehicleid/test-800") == (
         "none of the 2 queries has a second image of its identity, so nothing can be scored; give a list with at least "
+        "two images of some identity"
+    )
+
+
+def test_one_camera_for_all_answers_is_said_though_some_queries_are_scored():
+    """A gallery by one camera: the queries by that camera are lost, and the figures are of the others alone."""
+    def line(qi, qc, gi, gc, protocol="market1501"):
+        return one_camera(Tags.of(qi, qc, None, "query"), Tags.of(gi, gc, None, "gallery"), PROTOCOLS[protocol])
+
+    query, gallery = ([1, 2, 3, 4], [1, 1, 1, 2]), ([1, 2, 3, 4, -1, 0], [1, 1, 1, 1, 5, 6])  # junk, who is not asked for
+    assert line(*query, *gallery) == (
+        "every gallery image of the queries' identities has camera 1, and protocol 'market1501' leaves out what the "
+        "query's own camera took, so only 1 of 4 queries can be scored; give the true cameras, or use --protocol plain to "
+        "ignore them"
+    )
+    assert metrics_from_distances(np.ones((4, 6)), *query, *gallery).scored == 1
+    assert line([1, 2], [2, 3], [1, 2], [1, 1]) == ""  # two views: everybody is answered
+    assert line([1, 5], [1, 2], [1, 2, 5], [1, 2, 3]) == ""
+    assert line([7], [1], [1, 2], [1, 1]) == ""  # nobody who is asked for
+    assert line([1], None, [1], None, "plain") == ""
+    # all queries lost, though not all by one camera
+    assert refused(metrics_from_distances, np.ones((3, 2)), [1, 2, 9], [4, 4, 5], [1, 2], [4, 4]).startswith(
+        "every gallery image of the queries' identities has camera 4, and protocol 'market1501' leaves out what"
+    )
+
+
+def test_under_plain_a_query_does_not_find_itself():
+    """Pictures of one number on both sides are one: it is no part of its own ranking, and every other is a match."""
+    rule, identities = PROTOCOLS["plain"], [1, 1, 2, 3]
+    side = [Tags.of(identities, None, None, name, pictures=[10, 11, 12, 13]) for name in ("query", "gallery")]
+    matches = find_matches(*side, rule)
+    assert [[part.tolist() for part in matches.of_query(q)] for q in range(4)] == [
+        [[1], [0]], [[0], [1]], [[], [2]], [[], [3]]
+    ]  # fmt: skip
+    assert matches.scored().tolist() == [0, 1]
+    assert side[0].take(np.array([3, 1])).pictures.tolist() == [13, 11]
+    other = Tags.of(identities, None, None, "gallery", pictures=[20, 21, 22, 23])
+    assert find_matches(side[0], other, rule).scored().tolist() == [0, 1, 2, 3]
+    by_camera = Tags.of(identities, [1, 2, 1, 1], None, "query", pictures=[10, 11, 12, 13])
+    assert find_matches(by_camera, by_camera, PROTOCOLS["veri"]).scored().tolist() == [0, 1]  # cameras rule
+    alone = [Tags.of([1, 2], None, None, name, pictures=[5, 6]) for name in ("query", "gallery")]
+    assert str(nothing_scored(*alone, rule)) == (
+        "none of the 2 queries has a gallery image of its identity beside itself, so nothing can be scored; give at least "
         "two images of some identity"
     )
 

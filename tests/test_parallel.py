@@ -101,22 +101,25 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
 def test_a_numbered_gpu_is_refused_under_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with pytest.raises(UserError, match="--device cuda:1: with torchrun each process has a GPU of its own; give --device cuda"):
+    words = "--device cuda:1: with torchrun each process has a GPU of its own; give --device cuda"
+    with pytest.raises(UserError, match=words):
         parallel.start("cuda:1")
 
 
 # ---------------------------------------------------------------------------------------- the command
 def retrain(folder, *options):
-    return ["-m", "autoreid", "retrain", "resnet18", "--dataset", "market", "--root", str(folder / "market"), "--device", "cpu",
-            "--recipe", "drawn", "--set", "width=4", "--set", "stem=3", "--input", "32x16", "--set", "identities=4",
-            "--set", "images=2", "--set", "warmup_epochs=0", "--epochs", "3", "--set", "ema=0.9", "--name", "net", *options]
+    return ["-m", "autoreid", "retrain", "resnet18", "--dataset", "market", "--root", str(folder / "market"),
+            "--device", "cpu", "--recipe", "drawn", "--set", "width=4", "--set", "stem=3", "--input", "32x16",
+            "--set", "identities=4", "--set", "images=2", "--set", "warmup_epochs=0", "--epochs", "3", "--set", "ema=0.9",
+            "--name", "net", *options]
 
 
 def test_the_command_trains_evaluates_and_writes_once(folder, tmp_path):
     status, output = joined.run(retrain(folder, "--out", str(tmp_path)))
     assert status == 0, output
     result = json.loads((tmp_path / "market" / "net-s0.json").read_text())
-    assert result["train"]["processes"] == 2 and result["environment"]["command"].startswith("torchrun --nproc-per-node 2 -m")
+    assert result["train"]["processes"] == 2
+    assert result["environment"]["command"].startswith("torchrun --nproc-per-node 2 -m")
     assert output.count("epoch 3/3") == 1 and output.count("result in") == 1
     status, evaluated = joined.run(["-m", "autoreid", "evaluate", str(tmp_path / "market" / "net-s0.safetensors"),
                                     "--dataset", "market", "--root", str(folder / "market"), "--device", "cpu", "--json"])

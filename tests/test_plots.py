@@ -314,7 +314,8 @@ def test_report_without_notes_and_pictures():
 
 def test_a_comparison_is_written_whole(tmp_path):
     made = frame(mINP_mean=0.2, mINP_std=0.01, embedding_bytes=2048.0, train_seconds=60.0, protocol="cross-camera",
-                 recipe="a1b2", init="scratch", flip=False, rerank=None)  # fmt: skip
+                 recipe="a1b2", init="scratch", flip=False, views=1, frames="mean", rerank=False,
+                 expand=False, denominator="scored", edition="")  # fmt: skip
     written = report.write_comparison(tmp_path, made)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.csv", "pareto.png", "report.html"]
     assert [path.name for path in written] == ["comparison.csv", "pareto.png", "report.html"]

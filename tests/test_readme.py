@@ -1,5 +1,6 @@
 """What the README says is true: its Python runs, its commands parse, its files and make targets exist."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -66,6 +67,21 @@ def test_the_readmes_own_data_section_runs_from_top_to_bottom(tmp_path, monkeypa
     """Every autoreid command in the README's order, then its Python, in a home with a small folder like Market's."""
     home = tmp_path / "home"
     planted.write_dataset(home / "data", planted.texture, identities=8, test_identities=3)
+    planted.write_dataset(home / "data", planted.texture, identities=4, test_identities=3, layout="veri")
+    rng, [sample] = np.random.default_rng(0), blocks(README, "csv")
+    (home / "people").mkdir()
+    for identity in range(12):
+        for n in range(4):
+            path = home / "people" / f"name {identity:02d}" / f"{identity}_c{n % 2}_{n}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            planted.Image.fromarray(planted.texture(rng, identity)).save(path)
+    rows = [f"van/{n:04d}.jpg,van-{n},{camera},{part}" for n, (part, camera) in enumerate(
+        (("query", "gate"), ("gallery", "yard"), ("gallery", "gate")), start=3)]
+    rows = [row.replace("van-4", "van-3") for row in rows]
+    (home / "vans.csv").write_text(sample + "\n".join(rows))
+    (home / "van").mkdir()
+    for n in range(1, 6):
+        planted.Image.fromarray(planted.texture(rng, n)).save(home / "van" / f"{n:04d}.jpg")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
     features = {"features": np.eye(2, dtype=np.float32), "identities": np.array([1, 2])}
@@ -76,6 +92,21 @@ def test_the_readmes_own_data_section_runs_from_top_to_bottom(tmp_path, monkeypa
         assert main([*argv, *SMALL.get(argv[0], [])]) == 0, command
     for code in blocks(README, "python"):
         exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_readmes_camera_pattern_is_json_and_fits():
+    [written] = re.findall(r"`(\{\"camera\".*?\})`", README.read_text())
+    assert re.fullmatch(json.loads(written)["camera"], "cam17")
+
+
+def test_the_readmes_genotype_table_follows_from_its_command(capsys):
+    text = README.read_text().replace("\n", " ")
+    found = re.search(r"figures \(`(.*?)` and, for the classifier, ([\d,]+) .*? and ([\d,]+) MACs", text)
+    command, params, macs = found.groups()
+    assert main([*shlex.split(command)[1:], "--no-latency", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    counted = (f"{row[name] + int(more.replace(',', '')):,}" for name, more in (("params", params), ("macs", macs)))
+    assert f"| darts-v2 | {' | '.join(counted)} |" in text
 
 
 def test_the_contributing_examples_run(tmp_path):

@@ -124,8 +124,8 @@ def test_where_both_states_are_damaged_it_says_so(tmp_path):
     run = saved_twice(tmp_path)
     for path in run.folder.glob("checkpoint*"):
         path.write_bytes(b"PK not really")
-    with pytest.raises(UserError, match="checkpoint.pt and .*checkpoint.before.pt cannot be read: damaged; start the run anew "
-                                        "with --overwrite"):
+    words = "checkpoint.pt and .*checkpoint.before.pt cannot be read: damaged; start the run anew with --overwrite"
+    with pytest.raises(UserError, match=words):
         run.load()
 
 
@@ -144,8 +144,8 @@ def test_the_environment_names_versions_commit_and_command():
 
 
 def test_no_password_is_recorded(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/bin/autoreid", "tune", "--storage", "postgresql://me:secret@host:5432/db", "--seed", "1"])
-    assert command() == "autoreid tune --storage postgresql://me:***@host:5432/db --seed 1"
+    monkeypatch.setattr(sys, "argv", ["/bin/autoreid", "tune", "--storage", "postgresql://me:secret@host:5432/db"])
+    assert command() == "autoreid tune --storage postgresql://me:***@host:5432/db"
 
 
 def test_keys_do_not_depend_on_order():

@@ -396,7 +396,7 @@ def test_a_database_that_does_not_answer_and_a_missing_driver_are_one_line(tmp_p
         studies.open_storage(url, tmp_path)
     assert "\n" not in str(error.value) and "secret" not in str(error.value) and "refused" in str(error.value)
     monkeypatch.setattr(studies.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"psycopg, the driver of PostgreSQL, is not installed: pip install 'autoreid\["):
+    with pytest.raises(UserError, match=r"psycopg, the driver of PostgreSQL, is not installed: pip install '.\["):
         studies.open_storage(url, tmp_path)
 
 

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import planted
@@ -15,6 +16,7 @@ from torch import nn
 import autoreid.train
 from autoreid import data
 from autoreid.errors import UserError
+from autoreid.evaluate import Evaluation
 from autoreid.loading import Augment, PKSampler
 from autoreid.network import find_model, load_weights
 from autoreid.recipe import Recipe
@@ -197,12 +199,14 @@ def test_a_result_has_the_contracts_fields_and_its_weights_give_its_figures(mark
                                     "val_mAP"}
     assert result["embedding"] == {"dims": 32, "dtype": "float32", "bytes": 128}
     assert result["recipe"] == SMALL.key() and result["queries"]["total"] == 10
-    assert result["split"] == "64 train, 10 query, 30 gallery images"
+    assert result["split"] == "64 train, 10 query, 30 gallery images" and result["warnings"] == []
+    splits = data.load("market", str(market))
+    for name, parts in (("fingerprint", ("query", "gallery")), ("train_fingerprint", ("train",))):
+        assert result[name] == data.fingerprint(splits, parts)
 
     from autoreid.evaluate import evaluate
 
     net, metadata = load_weights(path.with_suffix(".safetensors"))
-    splits = data.load("market", str(market))
     assert evaluate(net, splits.query, splits.gallery, metadata["input"]).mAP == result["mAP"]
 
     with pytest.raises(UserError) as fault:
@@ -211,8 +215,43 @@ def test_a_result_has_the_contracts_fields_and_its_weights_give_its_figures(mark
         f"{path.with_suffix('')} already holds a finished run: add --resume to go on with it, --overwrite to start it "
         "anew, or write elsewhere with --out DIR or --name NAME")
     assert retrain(spec, "market", SMALL, tmp_path, root=str(market), seed=3, resume=True) == (path, result)
+    config = path.with_suffix("") / "config.json"  # of a run that was begun before retrain had a protocol to choose
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "protocol"}))
+    assert retrain(spec, "market", SMALL, tmp_path, root=str(market), seed=3, resume=True) == (path, result)
+    with pytest.raises(UserError, match="was started with protocol=None, now protocol=plain"):
+        retrain(spec, "market", SMALL, tmp_path, root=str(market), seed=3, resume=True, protocol="plain")
     with pytest.raises(UserError, match=r"was started with recipe\.lr=0\.02, now recipe\.lr=0\.5"):
         retrain(spec, "market", replace(SMALL, lr=0.5), tmp_path, root=str(market), seed=3, resume=True)
+
+
+def test_the_split_says_what_was_trained(market, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(market, copy)
+    bad = sorted((copy / "Market-1501-v15.09.15" / "bounding_box_train").iterdir())[0]
+    bad.write_bytes(b"no picture")
+    spec, recipe = find_model("resnet18", MODEL), replace(SMALL, epochs=1, held_out=0.3)
+    path, result = retrain(spec, "market", recipe, tmp_path, root=str(copy), how=Evaluation(skip_unreadable=True))
+    assert f"left out, as it cannot be read: {bad}" in capsys.readouterr().err
+    # with what is held out to watch: how many these are differs from seed to seed, and seeds are to be compared
+    assert result["split"] == "63 train, 10 query, 30 gallery images"
+    assert (result["train_images"], result["train_unreadable"], result["unreadable"]) == (63, 1, 0)
+
+
+def test_weights_that_say_little_of_their_training_ask_the_result_beside_them(market, tmp_path):
+    path, result = retrain(find_model("resnet18", MODEL), "market", replace(SMALL, epochs=1), tmp_path, root=str(market),
+                           name="mine")
+    weights, tested = path.with_suffix(".safetensors"), data.load("market", str(market), parts=("query", "gallery"))
+    _, metadata = load_weights(weights)
+    told = autoreid.train.again(weights, metadata, tested)
+    assert {**told, "environment": 0} == {key: 0 if key == "environment" else result[key] for key in told}
+    old = {key: value for key, value in metadata.items() if key not in ("name", "origin", "epochs", "leaks")}
+    told = autoreid.train.again(weights, old, tested)
+    assert (told["model"], told["train"], told["trained_on"], told["split"]) == ("mine", result["train"], "market", None)
+    path.write_text("{")  # or of another seed: then it is not theirs
+    told = autoreid.train.again(weights, old, tested)
+    assert "model" not in told and told["train"] is None
+    path.write_text(json.dumps({**result, "seed": 1}))
+    assert autoreid.train.again(weights, metadata, tested)["train"] == {"epochs": 1}
 
 
 # ---------------------------------------------------------------------------------------- the loop's possibilities
@@ -244,7 +283,7 @@ def test_an_accumulated_step_is_one_by_the_mean_gradient(market, tmp_path):
     steps = []
     with pytest.MonkeyPatch.context() as patch:
         step = autoreid.train.Learner.step
-        patch.setattr(autoreid.train.Learner, "step", lambda learner, group: steps.append(len(group)) or step(learner, group))
+        patch.setattr(autoreid.train.Learner, "step", lambda self, group: steps.append(len(group)) or step(self, group))
         trained(market, tmp_path / "run", replace(SMALL, epochs=1, accumulate=3))
     assert sum(steps) == batches and steps[:-1] == [3] * (len(steps) - 1)  # the last step has what is left
 
@@ -319,7 +358,8 @@ def test_a_compiled_network_is_the_same_but_for_rounding(market, tmp_path):
 
 
 def test_classifier_dropout_drops_what_the_classifier_reads_and_no_metric(market, monkeypatch):
-    learner = autoreid.train.Learner(find_model("resnet18", MODEL).build(), 2, replace(SMALL, classifier_dropout=0.5), 0, "cpu")
+    recipe = replace(SMALL, classifier_dropout=0.5)
+    learner = autoreid.train.Learner(find_model("resnet18", MODEL).build(), 2, recipe, 0, "cpu")
     seen = []
     monkeypatch.setattr(learner.criterion, "forward", lambda branches, labels: seen.append(branches[0]))
     images, labels = torch.randn(8, 3, 32, 16), torch.arange(2).repeat_interleave(4)
@@ -375,7 +415,7 @@ def test_stopped_in_mid_epoch_it_ends_in_the_same_state(market, tmp_path, monkey
 
 def test_stopped_in_an_evaluation_no_epoch_is_lost(market, tmp_path, monkeypatch):
     recipe = replace(SMALL, epochs=3, held_out=0.3, eval_every=1, swa_epochs=2)
-    held = [s for s in data.load("market", market, parts=("train",)).train][:12]
+    held = list(data.load("market", market, parts=("train",)).train)[:12]
     whole, _ = trained(market, tmp_path / "whole", recipe, held_out=held)
     mAP, looks = autoreid.train.Watch.mAP, iter(range(1000))
 
@@ -395,7 +435,7 @@ def test_stopped_in_an_evaluation_no_epoch_is_lost(market, tmp_path, monkeypatch
 
 def test_what_was_reported_before_a_stop_is_reported_again(market, tmp_path, monkeypatch):
     recipe, told = replace(SMALL, epochs=4, held_out=0.3, eval_every=1), []
-    held = [s for s in data.load("market", market, parts=("train",)).train][:12]
+    held = list(data.load("market", market, parts=("train",)).train)[:12]
 
     def stop(epoch, figure):
         told.append((epoch, figure))

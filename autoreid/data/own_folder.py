@@ -145,9 +145,7 @@ def _holds_people(directory: str) -> bool:
     return not image_names(directory) and bool(_folders(directory))
 
 
-def _samples(
-    folder: str, directory: str, people: People, numbers: dict[str, int], cameras: Mapping[str, int]
-) -> Reading:
+def _samples(folder: str, directory: str, people: People, numbers: dict[str, int], cameras: Mapping[str, int]) -> Reading:
     pattern, declared = _camera_pattern(folder)
     files = [(name, file) for name, images in people.items() for file in images]
     matches = [pattern.search(file) for _, file in files]
