@@ -18,11 +18,10 @@ from autoreid.options import changed, faults_of, parse, range_checks, read_json,
 from autoreid.runs import key_of, write_json
 
 FORMAT, VERSION = "autoreid-recipe", 1
-TRIPLETS = ("batch-hard", "batch-soft")
 WORDS = {  # the words that a field takes
     "optimizer": ("adam", "adamw", "sgd"),
     "schedule": ("cosine", "step", "exponential", "cyclic"),
-    "triplet": TRIPLETS,
+    "triplet": ("batch-hard", "batch-soft"),
     "auto_augment": ("none", "autoaugment", "randaugment"),
     "amp": ("none", "bf16", "fp16"),
 }

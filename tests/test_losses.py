@@ -35,7 +35,7 @@ def test_the_gradient_at_distance_zero_is_zero():
 
 
 def test_the_table_of_losses():
-    assert tuple(LOSSES) == recipe.TRIPLETS
+    assert tuple(LOSSES) == recipe.WORDS["triplet"]
     assert dict(LOSSES) == {"batch-hard": batch_hard_triplet, "batch-soft": batch_soft_triplet}
 
 

@@ -14,7 +14,7 @@ import pytest
 from autoreid.cli import build_parser, main
 
 ROOT = Path(__file__).parent.parent
-README, CONTRIBUTING = (ROOT / name for name in ("README.md", "CONTRIBUTING.md"))
+README, CONTRIBUTING, TRAINING = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/training.md"))
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -26,7 +26,8 @@ def commands(path: Path) -> list[str]:
     return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
 
-AUTOREID = [c for path in (README, CONTRIBUTING) for c in commands(path) if c.startswith("autoreid ")]
+AUTOREID = [c[c.index("autoreid ") :] for path in (README, CONTRIBUTING, TRAINING) for c in commands(path)
+            if re.match(r"(torchrun .* -m )?autoreid ", c)]
 
 
 def test_there_is_something_to_test():
@@ -60,6 +61,8 @@ SMALL = {  # the README's commands are for real data and a GPU; these make them 
                "--set", "images=2"],
     "retrain": ["--epochs", "1", "--input", "32x16", "--set", "identities=3", "--set", "images=2"],
     "cost": ["--no-latency"],
+    "tune": ["--trials", "1", "--fields", "flip", "--panel", "resnet18:stem=3:width=4", "--epochs", "1", "--input", "32x16",
+             "--set", "identities=2", "--set", "images=2"],
 }  # fmt: skip
 
 
@@ -87,6 +90,11 @@ def test_the_readmes_own_data_section_runs_from_top_to_bottom(tmp_path, monkeypa
     features = {"features": np.eye(2, dtype=np.float32), "identities": np.array([1, 2])}
     np.savez("query.npz", **features, cameras=np.array([1, 1]))
     np.savez("gallery.npz", **features, cameras=np.array([2, 2]))
+    model = {"model": "resnet18", "set": {"stem": 3, "width": 4}}
+    Path("panel.json").write_text(json.dumps({
+        "models": [model], "datasets": ["market"], "seeds": [0], "recipe": "drawn",
+        "set": {"epochs": 1, "input": [32, 16], "identities": 3, "images": 2},
+    }))
     for command in (c for c in commands(README) if c.startswith("autoreid ") and "--help" not in c):
         argv = [word.replace("~", str(home)) for word in shlex.split(command)[1:]]
         assert main([*argv, *SMALL.get(argv[0], [])]) == 0, command
@@ -115,3 +123,16 @@ def test_the_contributing_examples_run(tmp_path):
                        for i, code in enumerate(blocks(CONTRIBUTING, "python")))
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_json_of_the_guide_is_a_recipe_and_a_sweep(tmp_path, monkeypatch):
+    from autoreid.recipe import find_recipe
+    from autoreid.sweep import Sweep
+
+    monkeypatch.chdir(ROOT)  # the sweep names genotypes of the repository
+    recipe, sweep = blocks(TRAINING, "json")
+    for name, text in (("recipe.json", recipe), ("panel.json", sweep)):
+        (tmp_path / name).write_text(text)
+    assert find_recipe(str(tmp_path / "recipe.json")).ema == 0.99
+    sweep = Sweep.read(tmp_path / "panel.json")
+    assert len(sweep.jobs) == 9
