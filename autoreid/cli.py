@@ -555,8 +555,9 @@ def tune(args: argparse.Namespace) -> None:
     _threads()
     preset = _preset(args.dataset)
     found = run_tune(
-        args.dataset, find_recipe(args.recipe or preset, _changes(args)), args.panel or PANELS[preset], args.out,
-        root=args.root, trials=args.trials, tuned=args.fields.split(",") if args.fields else tuple(SPACE),
+        args.dataset, find_recipe(args.recipe or preset, _changes(args)),
+        PANELS[preset] if args.panel is None else args.panel, args.out,
+        root=args.root, trials=args.trials, tuned=tuple(SPACE) if args.fields is None else args.fields.split(","),
         folds=args.folds, sampler=args.sampler, pruner=args.pruner, objectives=args.objectives, storage=args.storage,
         name=args.study, seed=args.seed, device=_device(args.device), workers=args.workers, cache=args.cache,
         overwrite=args.overwrite,
@@ -779,6 +780,11 @@ def _threads() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
+def _complain(text: str) -> None:
+    """One line on stderr, by whichever process it is: its fault ends them all."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _again(argv: Sequence[str]) -> str:
     """The command that goes on with the one that was stopped."""
     kept = [a for a in argv if a not in ("--resume", "--overwrite")]
@@ -814,15 +820,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         text = f"autoreid: {fault}" if not str(fault).startswith("autoreid") else str(fault)
-        print(text, file=sys.stderr, flush=True)  # by any process: its fault ends them all
+        _complain(text)
         return 2
     except (MemoryError, RuntimeError) as fault:
         if isinstance(fault, RuntimeError) and "allocate" not in str(fault) and "out of memory" not in str(fault):
             raise
         if debug:
             traceback.print_exc()
-        say("autoreid: out of memory; take a smaller network, picture or batch (--input, --set identities=...), or free "
-            "some memory; nothing already written is lost")
+        _complain("autoreid: out of memory; take a smaller network, picture or batch (--input, --set identities=...), or "
+                  "free some memory; nothing already written is lost")
         return 2
     except BrokenPipeError:  # the reader of our figures went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -831,7 +837,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         where = f" ({fault.filename})" if fault.filename else ""
-        say(f"autoreid: the system refused to read or write{where}: {fault.strerror or fault}; free some space, mend "
+        _complain(f"autoreid: the system refused to read or write{where}: {fault.strerror or fault}; free some space, mend "
             "the permission or choose another folder with --out or --root; nothing already written is lost")
         return 2
 

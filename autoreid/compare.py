@@ -55,6 +55,8 @@ SETTINGS = {
     "train_fingerprint": "they were trained on other lists of images: retrain one of them on the other's",
     "split": "check that both saw the same copy of the dataset and retrain one of them",
     "train epochs": RETRAIN,
+    "batch_parts": "their batches were cut into other numbers of parts, each with its own statistics: retrain one of them "
+                   "by as many processes, or both with sync_bn=true",
 }
 OPTIONAL = ("edition", "fingerprint", "train_fingerprint", "split", "train epochs")  # compared where both results tell
 SHOWN = ("dataset", "edition", "protocol", "recipe", "input", "init", "flip", "views", "frames", "rerank", "expand",
@@ -161,6 +163,7 @@ def _settings(result: Result) -> dict[str, Any]:
         "trained on": result.get("trained_on") or result["dataset"],
         "split": result.get("split"),
         "train epochs": train.get("epochs"),
+        "batch_parts": result.get("batch_parts", 1),
     }
     # A value of several parts (the constants of a re-ranking) is held as its JSON, which compares and hashes.
     return {

@@ -13,6 +13,7 @@ generators are left alone.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -220,6 +221,12 @@ class _Keys(Sampler):
         return len(self.keys)
 
 
+def _outlive_one_sigterm(worker: int) -> None:
+    """A signal to a group of processes reaches the loader's too, whose batches the training still needs to stop in good
+    order; it ends them when it is done. A second signal ends them at once."""
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 class TrainLoader:
     """Augmented training batches: images B x 3 x H x W float32 normalised, labels B int64.
 
@@ -292,6 +299,7 @@ class TrainLoader:
                 batch_size=None,
                 num_workers=self.workers,
                 persistent_workers=True,
+                worker_init_fn=_outlive_one_sigterm,
                 generator=torch.Generator(),  # its own, or each epoch would draw from the global one
             )
         return self._ahead

@@ -7,6 +7,7 @@ what was chosen. No torch is imported: a recipe is a value.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -134,14 +135,16 @@ class Recipe:
                   if getattr(self, name) not in words]
         averaged = [f"{name}={getattr(self, name)}" for name in ("ema", "swa_epochs", "swag_cycles") if getattr(self, name)]
         faults += faults_of([
-            (len(self.input) == 2 and min(self.input) >= 16, "input", "x".join(map(str, self.input)),
-             "HxW with both sides at least 16, as in 128x64"),
+            (len(self.input) == 2 and min(self.input) >= 16 and max(self.input) <= 4096, "input",
+             "x".join(map(str, self.input)), "HxW with both sides from 16 to 4096, as in 128x64"),
             (self.identities >= 2 and self.images >= 2, "identities, images", (self.identities, self.images),
              "2 or more each: a triplet needs a positive and a negative"),
             (self.ce_weight > 0 or self.triplet_weight > 0, "ce_weight, triplet_weight",
              (self.ce_weight, self.triplet_weight), "at least one above 0"),
             (self.schedule not in ("step", "exponential") or bool(self.milestones), "milestones", self.milestones,
              f"at least one with the schedule {self.schedule}"),
+            (list(self.milestones) == sorted(self.milestones) and min(self.milestones, default=0) >= 0, "milestones",
+             self.milestones, "ascending epochs, from 0"),
             (self.eval_every == 0 or self.held_out > 0, "eval_every", self.eval_every,
              "0 with held_out=0: only identities that are held out can be evaluated; set held_out too, as in held_out=0.2"),
             *range_checks(
@@ -150,12 +153,12 @@ class Recipe:
                 momentum=(0, 0.9999, "from 0 to below 1"), weight_decay=(0, 1e6, "0 or more"),
                 ce_weight=(0, 1e6, "0 or more"), triplet_weight=(0, 1e6, "0 or more"), margin=(0, 1e6, "0 or more"),
                 label_smoothing=(0, 0.9999, "from 0 to below 1"), drop_path=(0, 0.9999, "from 0 to below 1"),
-                flip=(0, 1, "from 0 to 1"), erase=(0, 1, "from 0 to 1"), pad=(0, 4096, "0 or more pixels"),
+                flip=(0, 1, "from 0 to 1"), erase=(0, 1, "from 0 to 1"), pad=(0, 4096, "0 to 4096 pixels"),
                 clip=(0, 1e12, "0 (no clipping) or more"), center_weight=(0, 1e6, "0 or more"),
                 center_lr=(1e-12, 1e6, "above 0"), momentum_late=(0, 0.9999, "from 0 (unchanged) to below 1"),
                 enlarge=(1, 4, "from 1 to 4"), swag_cycles=(0, 1e6, "0 (no SWAG) or more"),
                 swag_epochs=(1, 1e6, "1 or more"), swag_decay=(1e-6, 1, "above 0, at most 1"),
-                cycle_epochs=(2, self.epochs if self.schedule == "cyclic" else 1e9, "2 to the number of epochs"),
+                cycle_epochs=(2, self.epochs if self.schedule == "cyclic" else 1e9, f"2 to {self.epochs}, the epochs"),
                 classifier_dropout=(0, 0.9999, "from 0 to below 1"), jitter=(0, 1, "from 0 to 1"),
                 rand_n=(1, MOST_OPERATIONS, f"1 to {MOST_OPERATIONS} operations"), rand_m=(0, 30, "0 to 30"),
                 patch=(0, 1, "from 0 to 1"), ema=(0, 0.999999, "from 0 (none) to below 1"),
@@ -170,8 +173,13 @@ class Recipe:
         if faults:
             raise UserError("; ".join(faults))
 
+    def question(self) -> dict[str, Any]:
+        """All fields but those that are for speed alone."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("speed")}
+
     def key(self) -> str:
-        """Twelve hexadecimal digits; equal keys mean networks trained alike."""
+        """Twelve hexadecimal digits; equal keys mean networks trained alike (by one process, or with synchronised batch
+        norms: a result says in ``batch_parts`` where a batch was shared out)."""
         values: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -220,6 +228,7 @@ class Recipe:
 
 # Settings of what may not be in use, and whether it is: idle ones do not enter the key.
 OF_OTHERS: dict[str, Callable[[Recipe], bool]] = {
+    "eval_every": lambda r: False,  # who watches changes nothing
     "cycle_epochs": lambda r: r.schedule == "cyclic",
     "rand_n": lambda r: r.auto_augment == "randaugment",
     "rand_m": lambda r: r.auto_augment == "randaugment",
@@ -285,11 +294,18 @@ def find_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
         recipe = RECIPES[name]
     else:
         raise unknown("recipe", name, [*RECIPES, "PATH/recipe.json"])
-    wanted = dict(changes or {})
-    if "epochs" in wanted:  # cycles and averages keep their share too, where there are any
+    return _with(recipe, changes or {})
+
+
+def _with(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with fields changed; what is counted in epochs keeps its share of them where it is not given."""
+    wanted = dict(changes)
+    if "epochs" in wanted:
         epochs = parse("epochs", wanted["epochs"], recipe.epochs)
-        for follows, lowest, used in (("swag_epochs", 1, recipe.swag_cycles), ("swa_epochs", 1, recipe.swa_epochs),
-                                      ("cycle_epochs", 2, recipe.schedule == "cyclic")):
+        for follows, lowest, used in (
+            ("swag_epochs", 1, recipe.swag_cycles), ("swa_epochs", 1, recipe.swa_epochs),
+            ("cycle_epochs", 2, "cyclic" in (recipe.schedule, wanted.get("schedule"))),
+        ):
             if used:
                 wanted.setdefault(follows, max(lowest, getattr(recipe, follows) * epochs // recipe.epochs))
     return changed(recipe, wanted, "recipe", ("warmup_epochs", "milestones"))
@@ -305,8 +321,14 @@ def _from_file(path: str) -> Recipe:
     provenance = values.pop("provenance", {})
     try:
         require(form == FORMAT, "format", form, f"{FORMAT}; give the recipe.json that `autoreid tune` wrote, or your own")
-        require(version == VERSION, "version", version, f"{VERSION}; a newer autoreid wrote this file: update autoreid")
+        require(type(version) is int and version <= VERSION, "version", json.dumps(version),
+                f"the number {VERSION}; where a newer autoreid wrote this file, update autoreid")
         require(isinstance(provenance, dict), "provenance", provenance, "an object")
-        return changed(Recipe(), values, "recipe")
+        defaults = asdict(Recipe())
+        words = [name for name, value in values.items() if isinstance(value, str) and name in defaults
+                 and not isinstance(defaults[name], (str, tuple))]
+        if words:  # of a --set a number is text; in a file it is a mistake
+            raise UserError("; ".join(f'{name}="{values[name]}": write it without quotes' for name in words))
+        return _with(Recipe(), values)
     except UserError as fault:
         raise UserError(f"{path}: {fault}") from None

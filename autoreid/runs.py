@@ -88,7 +88,8 @@ def command() -> str:
 
 def without_password(text: str) -> str:
     """URLs in a text without the passwords in them."""
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1:***@", text)
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", text)
 
 
 def processes() -> int:

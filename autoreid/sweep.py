@@ -7,9 +7,10 @@ was killed goes on from its checkpoint, and a finished result that answers the s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ class Sweep:
             model = _checked("model", {"model": entry} if isinstance(entry, str) else entry, OF_A_MODEL, ("model",))
             spec = find_model(model["model"], model["set"], model["match"])
             for dataset in asked["datasets"]:
+                require(model["name"] is None or bool(re.fullmatch(r"[\w.-]+", model["name"])), "name", model["name"],
+                        "letters, digits, '.', '_' and '-'")
                 label = model["name"] or spec.label + (f"-from-{folder_name(dataset)}" if test else "")
                 jobs += [Job(spec, model["init"], label, dataset, seed, folder_name(test or dataset))
                          for seed in asked["seeds"]]
@@ -177,7 +180,7 @@ def run(
     kept, shown = studies.open_storage(storage, out, f"{sweep.name}.journal")
     study = studies.open_study(
         f"sweep-{sweep.name}", kept,
-        {"recipe": asdict(sweep.recipe), "test": sweep.test, "evaluation": sweep.how.to_dict(),
+        {"recipe": sweep.recipe.question(), "test": sweep.test, "evaluation": sweep.how.to_dict(),
          "skip_unreadable": sweep.how.skip_unreadable, "device": device},
         sampler=optuna.samplers.RandomSampler(), instead=INSTEAD,
     )

@@ -500,6 +500,8 @@ def retrain(
         "trained_on": splits.name, "train_part": splits.train_part, "train_images": len(samples),
         "train_unreadable": len(unreadable), "train_fingerprint": data.fingerprint(splits, ("train",)),
         "recipe": recipe.key(), "seed": seed, **start,
+        # into how many a batch was cut whose statistics or losses were their own
+        "batch_parts": 1 if recipe.sync_bn and recipe.gather else parallel.processes(),
     }
     if parallel.is_first():
         save_weights(

@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import pandas as pd
 import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from autoreid import data, studies
+from autoreid import data, parallel, studies
 from autoreid.data import Sample
 from autoreid.errors import UserError, unknown
 from autoreid.evaluate import held_out_split
@@ -340,7 +340,7 @@ class Panel:
 
         train, held_out = self.parts[fold]
         seed, seconds = 1000 * self.seed + fold, None
-        config = {"model": spec.label, "fold": fold, "recipe": asdict(recipe), "seed": seed, "device": self.device}
+        config = {"model": spec.label, "fold": fold, "recipe": recipe.question(), "seed": seed}
         run = Run(folder / f"{spec.label}-f{fold}", config, resume=True, overwrite=False)
         torch.manual_seed(seed)
         try:
@@ -459,6 +459,7 @@ def tune(
     if len(directions) > 1 and pruner != "none":
         raise UserError(f"--pruner {pruner}: two objectives give no one value to prune by; give --pruner none, or "
                         "--objectives mAP")
+    tuned = tuple(dict.fromkeys(tuned))
     specs, name = find_panel(panel), folder_name(dataset) if name is None else name
     require(bool(re.fullmatch(r"[\w.+-]+", name)), "--study", name, "letters, digits, '.', '_', '+' and '-'")
     for spec in specs:
@@ -469,7 +470,7 @@ def tune(
         "dataset": dataset, "train_images": len(samples), "folds": folds, "seed": seed, "sampler": sampler,
         "pruner": pruner, "objectives": objectives, "fields": sorted(tuned),
         "panel": {s.label: key_of({**s.to_dict(), "genotype": s.genotype and s.genotype.key()}) for s in specs},
-        "recipe": {f.name: getattr(base, f.name) for f in fields(base) if not f.metadata.get("speed")},
+        "recipe": base.question(), "device": parallel.kind(device),
     }
     folder = Path(out) / folder_name(dataset)
     jury = Panel(specs, parts, folder / "tune" / name, key_of(asked), seed, device, workers, cache)

@@ -940,3 +940,14 @@ def test_a_cache_under_the_home_folder(pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Pictures(paths_of(pictures), SIZE, "~/kept")
     assert len(list((tmp_path / "kept").glob("*.pictures"))) == 1
+
+
+def test_the_loaders_processes_outlive_one_sigterm(pictures):
+    """A signal to the whole group must not take the batches away that the training still needs to stop in good order."""
+    expected, found = [images for images, _ in loader(pictures).epoch(0)], []
+    for number, (images, _) in enumerate(loader(pictures, workers=1).epoch(0)):
+        if number == 0:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGTERM)
+        found.append(images)
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))

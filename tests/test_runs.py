@@ -21,6 +21,7 @@ from autoreid.runs import (
     key_of,
     rows_up_to,
     whole_file,
+    without_password,
     write_json,
     write_text,
 )
@@ -146,6 +147,8 @@ def test_the_environment_names_versions_commit_and_command():
 def test_no_password_is_recorded(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/bin/autoreid", "tune", "--storage", "postgresql://me:secret@host:5432/db"])
     assert command() == "autoreid tune --storage postgresql://me:***@host:5432/db"
+    assert without_password("a postgresql://me:p@s:s@host/db?x=1&password=secret&y=2 b") == (
+        "a postgresql://me:***@host/db?x=1&password=***&y=2 b")
 
 
 def test_keys_do_not_depend_on_order():
