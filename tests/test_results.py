@@ -2,6 +2,7 @@
 
 import csv
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,40 @@ def test_the_readme_quotes_the_drawn_datas_difficulty():
     assert 0.2 < means["people", "plain, mean of 3 seeds"]["mAP"] < 0.6
     gain = means["people", "part minus plain, paired by seed"]
     assert gain["mAP"] == pytest.approx(sum(gain["gains"]) / 3) and min(gain["gains"]) > gain["sd"]
+
+
+# ---------------------------------------------------------------------------------------- the tuned recipe
+TUNED = ROOT / "results" / "tuned"
+
+
+def panel(when: str) -> dict[str, list[dict]]:
+    """Model to its results by seed, before or after tuning."""
+    rows: dict[str, list[dict]] = {}
+    for result in sorted(read_results(TUNED / when / "drawn-people"), key=lambda r: (r["model"], r["seed"])):
+        rows.setdefault(result["model"], []).append(result)
+    return rows
+
+
+def test_the_tuned_recipe_is_the_studys_best_and_the_panels():
+    study = json.loads((TUNED / "drawn-people" / "study.json").read_text())
+    path = TUNED / "drawn-people" / "recipe.json"
+    recipe, written = find_recipe(str(path)), json.loads(path.read_text())
+    finished = [trial for trial in study["trials"] if trial["state"] == "finished"]
+    assert study["best"]["mean_rank"] == min(trial["mean_rank"] for trial in finished)
+    assert written["provenance"]["trial"] == study["best"]["number"] and written["lr"] == study["best"]["params"]["lr"]
+    before, after = panel("before"), panel("after")
+    assert set(before) == set(after) == set(study["asked"]["panel"])
+    for rows, key in ((before, find_recipe("drawn").key()), (after, recipe.key())):
+        for results in rows.values():
+            assert [r["seed"] for r in results] == [0, 1, 2] and {r["recipe"] for r in results} == {key}
+            assert all(r["environment"]["commit"] for r in results)
+
+
+def test_the_guide_quotes_the_panel():
+    text = (ROOT / "docs" / "training.md").read_text()
+    before, after = panel("before"), panel("after")
+    for model in before:
+        old, new = ([r["mAP"] for r in rows[model]] for rows in (before, after))
+        gain = [b - a for a, b in zip(old, new, strict=True)]
+        cells = " | ".join(f"{100 * statistics.mean(v):.1f} ± {100 * statistics.stdev(v):.1f}" for v in (old, new, gain))
+        assert f"| {model} | {cells} |" in text
