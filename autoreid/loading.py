@@ -13,8 +13,11 @@ generators are left alone.
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -221,10 +224,30 @@ class _Keys(Sampler):
         return len(self.keys)
 
 
-def _outlive_one_sigterm(worker: int) -> None:
-    """A signal to a group of processes reaches the loader's too, whose batches the training still needs to stop in good
-    order; it ends them when it is done. A second signal ends them at once."""
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """A process started within the block has SIGTERM blocked from its first instruction on."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where there is no such signal
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_when_the_parent_says(worker: int) -> None:
+    """A SIGTERM to a group of processes reaches the loader's too, twice where a launcher passes it on; but the training
+    still needs their batches to stop in good order. So only the parent's own, to one that hangs, ends them."""
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere it stays blocked
+
+        def wait() -> None:
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+                pass
+            os._exit(0)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 class TrainLoader:
@@ -277,7 +300,12 @@ class TrainLoader:
         """Epoch e from batch ``start`` on: the same batches as a whole epoch gives from there."""
         batches = self.sampler.batches(e)
         self._keys.keys = [_Key(e, b, batches[b]) for b in range(start, len(batches))]
-        made = self._prepared_ahead() if self.workers else map(self._dataset.__getitem__, self._keys.keys)
+        made: Iterator[Any]
+        if self.workers:
+            with _sigterm_blocked():  # the workers start here
+                made = iter(self._prepared_ahead())
+        else:
+            made = map(self._dataset.__getitem__, self._keys.keys)
         fault = None
         for batch in made:
             if isinstance(batch, UserError):
@@ -299,7 +327,7 @@ class TrainLoader:
                 batch_size=None,
                 num_workers=self.workers,
                 persistent_workers=True,
-                worker_init_fn=_outlive_one_sigterm,
+                worker_init_fn=_end_when_the_parent_says,
                 generator=torch.Generator(),  # its own, or each epoch would draw from the global one
             )
         return self._ahead

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import threading
 import time
 from collections import Counter, namedtuple
 from dataclasses import replace
@@ -942,12 +944,20 @@ def test_a_cache_under_the_home_folder(pictures, tmp_path, monkeypatch):
     assert len(list((tmp_path / "kept").glob("*.pictures"))) == 1
 
 
-def test_the_loaders_processes_outlive_one_sigterm(pictures):
-    """A signal to the whole group must not take the batches away that the training still needs to stop in good order."""
+def test_the_loaders_processes_outlive_every_sigterm_but_their_parents(pictures):
+    """A signal to the whole group must not take the batches away that the training still needs to stop in good order;
+    nor twice, as where a launcher passes it on, nor while the processes start."""
     expected, found = [images for images, _ in loader(pictures).epoch(0)], []
-    for number, (images, _) in enumerate(loader(pictures, workers=1).epoch(0)):
-        if number == 0:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGTERM)
-        found.append(images)
-    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    ahead = loader(pictures, workers=1)
+    start = threading.Thread(target=lambda: found.extend(images for images, _ in ahead.epoch(0)))
+    start.start()
+    pids = set()
+    while start.is_alive():  # from the first moment of their lives on
+        for process in multiprocessing.active_children():
+            subprocess.run(["kill", "-TERM", str(process.pid)], check=False)
+            pids.add(process.pid)
+    assert pids and len(found) == len(expected) and all(map(torch.equal, found, expected))
+    (process,) = multiprocessing.active_children()
+    process.terminate()  # what the loader does with one that hangs
+    process.join(30)
+    assert process.exitcode == 0
