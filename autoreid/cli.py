@@ -10,148 +10,54 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import sys
 import traceback
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
+from autoreid import cli_deploy
+from autoreid.cli_parts import (
+    PROTOCOL_NAMES,
+    Parser,
+    cache_option,
+    changes_of,
+    counted,
+    dataset_option,
+    device_of,
+    evaluation_of,
+    evaluation_options,
+    json_option,
+    may_write,
+    numbers_of,
+    pastable,
+    picture_options,
+    preset_of,
+    print_figures,
+    propose,
+    protocol_option,
+    provenance_of,
+    require_protocol,
+    root_of,
+    running_options,
+    seed_option,
+    set_threads,
+    size,
+    training_options,
+    views_options,
+    whole,
+)
 from autoreid.errors import UserError, unknown
 from autoreid.recipe import RECIPES
-from autoreid.runs import Preempted, heeding_sigterm, is_first, processes, say, without_password
+from autoreid.runs import Preempted, heeding_sigterm, processes, say, without_password
 from autoreid.version import __version__
 
-if TYPE_CHECKING:
-    from autoreid.evaluate import Evaluation
-
-COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "density", "tune", "sweep", "compare")
-# Spelled out, because the help must not import numpy.
-PROTOCOL_NAMES = ("market1501, msmt17, cuhk03-np, cuhk03-classic, veri, vehicleid/test-800 (-1600, -2400, -3200, -6000, "
-                  "-13164), vric, veri-wild, mars or plain")
-RESUMABLE = ("demo", "search", "retrain", "tune", "sweep")  # what SIGTERM stops with its state saved
+COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "density", "tune", "sweep", "compare",
+            *cli_deploy.COMMANDS)
+RESUMABLE = ("demo", "search", "retrain", "tune", "sweep", *cli_deploy.RESUMABLE)  # what SIGTERM stops with its state saved
 LISTS = 50  # as high as a picture can be
 JOINED = ("tune", "sweep")  # the same command goes on by itself
 GLOBAL_OPTIONS = ("-h", "--help", "--version")
-
-
-class Parser(argparse.ArgumentParser):
-    """Argparse with one line for a mistake, the nearest spelling for a mistyped option, and no abbreviations."""
-
-    def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", _Formatter)
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        """As argparse's, but an option this command does not have is named here, with the nearest it has."""
-        self._words = sys.argv[1:] if args is None else list(args)
-        found, rest = super().parse_known_args(args, namespace)
-        for word in rest:
-            if word.startswith("-"):
-                raise unknown(f"option of {self.prog}", word.split("=")[0], self._option_string_actions)
-        return found, rest
-
-    def error(self, message: str) -> NoReturn:
-        if "required" in message:  # an option with an optional value took what is missing
-            for option, value in pairwise(self._words):
-                action = self._option_string_actions.get(option)
-                if action is not None and action.nargs == "?" and not value.startswith("-"):
-                    message += f"; {option} took '{value}' for its value: put {option} last"
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False, [], argparse.SUPPRESS):
-            return action.help or ""
-        return super()._get_help_string(action) or ""
-
-
-# ---------------------------------------------------------------------------------------- options, the same everywhere
-def size(text: str) -> list[int]:
-    try:
-        height, width = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no picture size: give HEIGHTxWIDTH, as in 256x128") from None
-    if min(height, width) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no picture size: both sides must be at least 1")
-    return [height, width]
-
-
-def whole(text: str) -> int:
-    if not text.isdigit() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0 to {2**31 - 1}")
-    return int(text)
-
-
-def _dataset(p: Parser, positional: bool = False) -> None:
-    text = ("market, market+500k, msmt17[/train+val], cuhk03[/labeled|/detected-classic-N], duke, mars, veri, "
-            "vehicleid[/test-N], veri-wild[/test-N], vric, folder, csv, drawn-people[-tiny|-market] or "
-            "drawn-vehicles[-tiny|-market]; market+msmt17 trains on both and tests on the first")
-    if positional:
-        p.add_argument("dataset", metavar="NAME", help=text)
-    else:
-        p.add_argument("--dataset", metavar="NAME", required=True, help=text)
-    p.add_argument("--root", metavar="DIR", help="the folder that holds the dataset's folder, or the dataset's folder "
-                   "itself (drawn data: where to keep it; default the user's cache folder)")
-
-
-def _running(p: Parser, out: str) -> None:
-    p.add_argument("--out", metavar="DIR", default=out, help="where to write")
-    p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
-    p.add_argument("--resume", action="store_true", help="go on with an interrupted run, to the same end")
-    p.add_argument("--overwrite", action="store_true", help="start anew where a run or result lies already")
-
-
-def _seed(p: Parser) -> None:
-    p.add_argument("--seed", type=whole, default=0, metavar="N", help="of all random choices (not of the drawn data)")
-
-
-def _training(p: Parser) -> None:
-    _seed(p)
-    p.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load pictures, 0 for none")
-    p.add_argument("--epochs", type=int, metavar="N", help="instead of the preset's or recipe's")
-    p.add_argument("--input", type=size, metavar="HxW", help="picture size, instead of the preset's or recipe's")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-                   help="any other field, repeated for several; a KEY that is none lists them all")
-
-
-def _protocol(p: Parser) -> None:
-    p.add_argument("--protocol", metavar="NAME", help=f"{PROTOCOL_NAMES}; default the tested dataset's own")
-
-
-def _evaluation(p: Parser) -> None:
-    """What retrain's and evaluate's figures may differ in beside the views."""
-    p.add_argument("--rerank", nargs="?", const="20,6,0.3", metavar="K1,K2,LAMBDA", help="k-reciprocal re-ranking, by "
-                   "default with the paper's 20,6,0.3: all queries are used together")
-    p.add_argument("--expand", nargs="?", const="10,3", metavar="K,ALPHA", help="query expansion over the K nearest, "
-                   "weights similarity^ALPHA (0: the plain mean)")
-    p.add_argument("--denominator", default="scored", metavar="NAME", help="of the means over queries: scored, or all "
-                   "(a query without a match counts as zero)")
-    p.add_argument("--frames", default="mean", metavar="NAME", help="a tracklet's feature over its frames': mean or max")
-    p.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read; they are named "
-                   "and counted")
-
-
-def _views(p: Parser, default: str) -> None:
-    p.add_argument("--flip", action="store_true", help="average in the mirror image: --views 2")
-    p.add_argument("--views", type=whole, metavar="N", help="of a picture, whose features are averaged: 1, 2 (its mirror "
-                   f"image too) or 10 (five crops, mirrored); default {default}")
-
-
-def _cache(p: Parser) -> None:
-    p.add_argument("--cache", metavar="DIR", help="keep decoded and resized pictures in a file here, shared by all runs; "
-                   "default: in memory where they fit in 1 GiB")
-
-
-def _picture(p: Parser, text: str) -> None:
-    p.add_argument("--picture", metavar="FILE.png", help=text)
-    p.add_argument("--overwrite", action="store_true", help="replace the file at --picture")
-
-
-def _json(p: Parser) -> None:
-    p.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
 
 
 def build_parser() -> Parser:
@@ -170,32 +76,32 @@ def build_parser() -> Parser:
 
     p = command("demo", "search, retrain and compare on the embedded drawn people, in minutes on two CPU cores",
                 "autoreid demo --out demo", demo)
-    _running(p, "demo")
-    _seed(p)
+    running_options(p, "demo")
+    seed_option(p)
 
     p = command("data", "make (drawn-*) or check a dataset: counts, junk, missing or unreadable files, and the fix",
                 "autoreid data market --root ~/data", check_data)
-    _dataset(p, positional=True)
-    _json(p)
+    dataset_option(p, positional=True)
+    json_option(p)
 
     p = command("search", "search a cell by bilevel optimisation with a retrieval loss, on training identities only",
                 "autoreid search --dataset market --root ~/data --method gdas", search)
-    _dataset(p)
+    dataset_option(p)
     p.add_argument("--space", default="reid", metavar="NAME|FILE", help="reid, standard, reid-vehicle or a JSON file")
     p.add_argument("--method", metavar="NAME", help="darts (first order), darts-2 (second order) or gdas; default darts")
     p.add_argument("--preset", metavar="NAME", help="default, autoreid-iccv19, drawn or demo; default: drawn for drawn "
                    "data, default for all other")
     p.add_argument("--arch-loss", metavar="NAME", help="what updates the architecture weights: triplet, retrieval or ce "
                    "(the last two need --set split=image); default triplet")
-    _training(p)
-    _cache(p)
-    _running(p, "searches")
-    _json(p)
+    training_options(p)
+    cache_option(p)
+    running_options(p, "searches")
+    json_option(p)
 
     p = command("retrain", "train a derived network or a named one by a recipe, and evaluate it once",
                 "autoreid retrain searches/market-reid-gdas-s0/genotype.json --dataset market --root ~/data", retrain)
     p.add_argument("model", metavar="GENOTYPE.json|MODEL", help="a searched genotype, or a name that `autoreid cost` lists")
-    _dataset(p)
+    dataset_option(p)
     p.add_argument("--recipe", metavar="NAME|FILE", help=f"one of {', '.join(RECIPES)}, or a JSON file of its fields; "
                    "default: drawn for drawn data, default for all other; a model's own paper is best followed with its "
                    "own, a comparison needs a shared one")
@@ -205,21 +111,21 @@ def build_parser() -> Parser:
     p.add_argument("--name", help="what to call the result, instead of the model's name")
     p.add_argument("--test", metavar="NAME", help="evaluate on another dataset than the one that is trained on")
     p.add_argument("--test-root", metavar="DIR", help="--root of the dataset of --test, where it is another")
-    _protocol(p)
-    _views(p, "the recipe's, mostly 1")
-    _evaluation(p)
-    _cache(p)
-    _training(p)
-    _running(p, "results")
-    _json(p)
+    protocol_option(p)
+    views_options(p, "the recipe's, mostly 1")
+    evaluation_options(p)
+    cache_option(p)
+    training_options(p)
+    running_options(p, "results")
+    json_option(p)
 
     p = command("evaluate", "evaluate trained weights under a protocol",
                 "autoreid evaluate results/market/resnet50-s0.safetensors --dataset market --root ~/data", evaluate)
     p.add_argument("weights", metavar="WEIGHTS", help="a .safetensors file that retrain wrote")
-    _dataset(p)
-    _protocol(p)
-    _views(p, "1")
-    _evaluation(p)
+    dataset_option(p)
+    protocol_option(p)
+    views_options(p, "1")
+    evaluation_options(p)
     p.add_argument("--ranked", metavar="FILE.png", help="also draw ranked lists: green a match, red another identity, "
                    "grey junk")
     p.add_argument("--queries", metavar="worst|PATH,...", help="whose lists are drawn: those with the lowest average "
@@ -227,7 +133,7 @@ def build_parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--out", metavar="FILE", help="also write the result JSON here")
     p.add_argument("--overwrite", action="store_true", help="replace the files at --out and --ranked")
-    _json(p)
+    json_option(p)
 
     p = command("score", "CMC, mAP and mINP of features made by anything",
                 "autoreid score query.npz gallery.npz --protocol market1501", score)
@@ -238,7 +144,7 @@ def build_parser() -> Parser:
     p.add_argument("--denominator", default="scored", metavar="NAME", help="of the means over queries: scored, or all "
                    "(a query without a match counts as zero)")
     p.add_argument("--rerank", nargs="?", const="20,6,0.3", metavar="K1,K2,LAMBDA", help="k-reciprocal re-ranking first")
-    _json(p)
+    json_option(p)
 
     p = command("cost", "parameters, MACs, activation memory and latency of models",
                 "autoreid cost darts-v2 resnet50 --input 384x128", cost)
@@ -250,25 +156,25 @@ def build_parser() -> Parser:
                    help="an option that every named model has")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--no-latency", action="store_true", help="count only: nothing is run")
-    _picture(p, "also draw parameters against MACs")
-    _json(p)
+    picture_options(p, "also draw parameters against MACs")
+    json_option(p)
 
     p = command("density", "the share of activations that are not zero, per residual group (SAFR, figures 3 and 4)",
                 "autoreid density results/market/safr-small-s0.safetensors --dataset market --root ~/data", density)
     p.add_argument("models", nargs="+", metavar="MODEL|WEIGHTS", help="a name that `autoreid cost` lists, or a "
                    ".safetensors file that retrain wrote")
-    _dataset(p)
+    dataset_option(p)
     p.add_argument("--images", type=whole, default=256, metavar="N", help="training images to look at, evenly chosen")
     p.add_argument("--input", type=size, metavar="HxW", help="picture size; default the weights' own, else 256x128")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="a model's option")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
-    _picture(p, "also draw the density over the depth")
-    _json(p)
+    picture_options(p, "also draw the density over the depth")
+    json_option(p)
 
     p = command("tune", "tune the shared recipe with Optuna, judged by a panel of models on held-out training identities; "
                 "started again, or on another machine, it joins the study",
                 "autoreid tune --dataset market --root ~/data --trials 40", tune)
-    _dataset(p)
+    dataset_option(p)
     p.add_argument("--trials", type=whole, default=40, metavar="N", help="finished ones of the whole study, by all workers")
     p.add_argument("--recipe", metavar="NAME|FILE", help="the recipe to start from, which keeps what is not tuned; "
                    "default: drawn for drawn data, default for all other")
@@ -286,12 +192,12 @@ def build_parser() -> Parser:
     p.add_argument("--storage", metavar="URL", help="postgresql://USER@HOST/DATABASE, which workers on several machines "
                    "share; default: a journal file beside the trainings")
     p.add_argument("--study", metavar="NAME", help="what to call the study; default the dataset's name")
-    _cache(p)
-    _training(p)
+    cache_option(p)
+    training_options(p)
     p.add_argument("--out", metavar="DIR", default="results", help="where to write")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
     p.add_argument("--overwrite", action="store_true", help="replace the recipe.json of another study")
-    _json(p)
+    json_option(p)
 
     p = command("sweep", "train every model of a file on every dataset with every seed, each once, by as many workers as "
                 "start this command; killed ones are replaced", "autoreid sweep panel.json --root ~/data", sweep)
@@ -303,16 +209,18 @@ def build_parser() -> Parser:
     p.add_argument("--list", action="store_true", help="only show how far every job is")
     p.add_argument("--retry", action="store_true", help="also the jobs that failed, once more")
     p.add_argument("--workers", type=whole, default=0, metavar="N", help="processes that load pictures, 0 for none")
-    _cache(p)
+    cache_option(p)
     p.add_argument("--out", metavar="DIR", default="results", help="where to write")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
-    _json(p)
+    json_option(p)
 
     p = command("compare", "table, Pareto fronts and report over results of one dataset; refuses rows not comparable",
                 "autoreid compare results/drawn-people", compare)
     p.add_argument("folder", nargs="?", default="results", metavar="FOLDER", help="a folder of result files")
     p.add_argument("--allow-mixed", action="store_true", help="mark rows that are not comparable instead of refusing")
-    _json(p)
+    json_option(p)
+
+    cli_deploy.add_commands(command)
     return parser
 
 
@@ -320,14 +228,14 @@ def build_parser() -> Parser:
 def demo(args: argparse.Namespace) -> None:
     from autoreid.demo import run_demo
 
-    _threads()
-    text = run_demo(Path(args.out), args.seed, _device(args.device), args.resume, args.overwrite)
+    set_threads()
+    text = run_demo(Path(args.out), args.seed, device_of(args.device), args.resume, args.overwrite)
     print(f"{text}\none seed: this shows that the job runs, not which network is better\n"
           f"Pareto fronts: {Path(args.out) / 'results' / 'drawn-people-tiny' / 'pareto.png'}")
     picture = Path(args.out) / "searches" / f"drawn-people-tiny-reid-darts-s{args.seed}" / "genotype.png"
     say(f"searched cell: {picture}")
     say("five times the data, about 15 minutes on two cores:")
-    _next("autoreid search --dataset drawn-people")
+    propose("autoreid search --dataset drawn-people")
 
 
 def check_data(args: argparse.Namespace) -> int:
@@ -335,14 +243,14 @@ def check_data(args: argparse.Namespace) -> int:
     from autoreid.search import find_settings
 
     report = data.check(args.dataset, args.root)
-    _figures(args, report, data.describe(report))
+    print_figures(args, report, data.describe(report))
     if report["problems"]:
-        say(f"autoreid: {_counted(len(report['problems']), 'problem')} in {args.dataset}, listed above with what to do")
+        say(f"autoreid: {counted(len(report['problems']), 'problem')} in {args.dataset}, listed above with what to do")
         return 2
     # a search halves the training identities, and each half must fill a batch
     half = sum(count["identities"] for part, count in report["splits"].items() if part.split()[-1] == "train") // 2
-    fewer = f" --set identities={half}" if half < find_settings(_preset(args.dataset), {}).identities else ""
-    _next(f"autoreid search --dataset {args.dataset}{_root(args)}{fewer}" if half > 1 else "autoreid data --help")
+    fewer = f" --set identities={half}" if half < find_settings(preset_of(args.dataset), {}).identities else ""
+    propose(f"autoreid search --dataset {args.dataset}{root_of(args)}{fewer}" if half > 1 else "autoreid data --help")
     return 0
 
 
@@ -354,18 +262,18 @@ def search(args: argparse.Namespace) -> None:
     from autoreid.search import search as run_search
     from autoreid.space import SearchSpace
 
-    _threads()
-    changes = _changes(args)
+    set_threads()
+    changes = changes_of(args)
     for name, value in (("method", args.method), ("arch_loss", args.arch_loss)):
         if value is not None:
             changes[name] = value
-    settings = find_settings(args.preset or _preset(args.dataset), changes)
-    space, device = SearchSpace.load(args.space), parallel.start(_device(args.device))
+    settings = find_settings(args.preset or preset_of(args.dataset), changes)
+    space, device = SearchSpace.load(args.space), parallel.start(device_of(args.device))
     samples = data.load(args.dataset, args.root, parts=("train",)).train
     folder = Path(args.out) / f"{folder_name(args.dataset)}-{space.name}-{settings.method}-s{args.seed}"
     run = Run(folder, search_config(args.dataset, space, settings, args.seed, parallel.kind(device), len(samples)),
               resume=args.resume, overwrite=args.overwrite)
-    provenance = _provenance(command(), args.dataset, settings.method, args.seed)
+    provenance = provenance_of(command(), args.dataset, settings.method, args.seed)
     result = run_search(space, samples, settings, run, args.seed, device, args.workers, provenance, args.cache)
     if parallel.is_first():
         draw_search(folder)
@@ -373,10 +281,10 @@ def search(args: argparse.Namespace) -> None:
         "genotype": str(folder / "genotype.json"), "key": result.genotype.key(), "val_mAP": result.val_mAP,
         "device_hours": result.device_hours, "peak_memory_bytes": result.peak_memory_bytes,
     }
-    _figures(args, figures, f"genotype {result.genotype.key()} in {folder / 'genotype.json'}\n"
+    print_figures(args, figures, f"genotype {result.genotype.key()} in {folder / 'genotype.json'}\n"
              f"search cost {result.device_hours:.3f} {device}-hours, peak memory {result.peak_memory_bytes / 2**30:.2f} "
              f"GiB, validation mAP {100 * result.val_mAP:.1f} %")
-    _next(f"autoreid retrain {folder / 'genotype.json'} --dataset {args.dataset}{_root(args)}")
+    propose(f"autoreid retrain {folder / 'genotype.json'} --dataset {args.dataset}{root_of(args)}")
 
 
 def retrain(args: argparse.Namespace) -> None:
@@ -385,12 +293,12 @@ def retrain(args: argparse.Namespace) -> None:
     from autoreid.recipe import Recipe, find_recipe
     from autoreid.train import retrain as run_retrain
 
-    _threads()
-    _known_protocol(args.protocol)
+    set_threads()
+    require_protocol(args.protocol)
     if args.test_root and not args.test:
         raise UserError(f"--test-root {args.test_root}: it is where the dataset of --test lies; add --test NAME, or leave "
                         "it out")
-    changes = _changes(args)
+    changes = changes_of(args)
     for_recipe = {key: changes.pop(key) for key in list(changes) if key in Recipe.__dataclass_fields__}
     try:
         spec = find_model(args.model, changes, args.match)
@@ -398,14 +306,15 @@ def retrain(args: argparse.Namespace) -> None:
         if str(fault).startswith("unknown option of"):  # the user may have meant a field of the recipe
             raise UserError(f"{fault}; recipe fields: {', '.join(sorted(Recipe.__dataclass_fields__))}") from None
         raise
-    recipe = find_recipe(args.recipe or _preset(args.dataset), for_recipe)
+    recipe = find_recipe(args.recipe or preset_of(args.dataset), for_recipe)
     path, result = run_retrain(
         spec, args.dataset, recipe, args.out, root=args.root, test=args.test, test_root=args.test_root,
-        protocol=args.protocol, seed=args.seed, device=parallel.start(_device(args.device)), workers=args.workers,
-        how=_how(args), init=args.init, cache=args.cache, resume=args.resume, overwrite=args.overwrite, name=args.name,
+        protocol=args.protocol, seed=args.seed, device=parallel.start(device_of(args.device)), workers=args.workers,
+        how=evaluation_of(args), init=args.init, cache=args.cache, resume=args.resume, overwrite=args.overwrite,
+        name=args.name,
     )
-    _figures(args, result, f"{_metrics_line(result)}\nresult in {path}")
-    _next(f"autoreid compare {path.parent}")
+    print_figures(args, result, f"{_metrics_line(result)}\nresult in {path}")
+    propose(f"autoreid compare {path.parent}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -416,13 +325,13 @@ def evaluate(args: argparse.Namespace) -> None:
     from autoreid.runs import write_json
     from autoreid.train import again, measure
 
-    _threads()
-    _known_protocol(args.protocol)
-    _may_write("--out", args.out, args.overwrite)
-    _may_write("--ranked", args.ranked, args.overwrite, ".png")
+    set_threads()
+    require_protocol(args.protocol)
+    may_write("--out", args.out, args.overwrite)
+    may_write("--ranked", args.ranked, args.overwrite, ".png")
     if args.queries is not None and not args.ranked:
         raise UserError(f"--queries {args.queries} says whose lists are drawn: add --ranked FILE.png, or leave it out")
-    device, how = parallel.start(_device(args.device)), _how(args)
+    device, how = parallel.start(device_of(args.device)), evaluation_of(args)
     net, metadata = load_weights(args.weights)
     spec = ModelSpec.from_dict(metadata["model"])
     splits, size = data.load(args.dataset, args.root, parts=("query", "gallery")), tuple(metadata["input"])
@@ -436,26 +345,26 @@ def evaluate(args: argparse.Namespace) -> None:
     result |= origin
     if args.out and parallel.is_first():
         write_json(args.out, result)
-    _figures(args, result, _metrics_line(result))
+    print_figures(args, result, _metrics_line(result))
     if args.ranked and parallel.is_first():  # after the figures: nothing that goes wrong here can lose them
         _draw_ranked(args, extracted, splits, chosen)
-    _next(f"autoreid density {args.weights} --dataset {args.dataset}{_root(args)}")
+    propose(f"autoreid density {args.weights} --dataset {args.dataset}{root_of(args)}")
 
 
 def score(args: argparse.Namespace) -> None:
     from autoreid.evaluate import Evaluation
     from autoreid.metrics import score as run_score
 
-    rerank = _numbers("--rerank", args.rerank, "K1,K2,LAMBDA as in 20,6,0.3", (int, int, float))
+    rerank = numbers_of("--rerank", args.rerank, "K1,K2,LAMBDA as in 20,6,0.3", (int, int, float))
     how = Evaluation(rerank=rerank, denominator=args.denominator)
     rule = how.check(args.protocol)
     metrics = run_score(args.query, args.gallery, rule, args.metric, args.denominator, rerank).to_dict()
     figures = {**metrics, "metric": args.metric, "rerank": how.to_dict()["rerank"]}
-    _figures(args, figures, _metrics_line({**figures, "queries": metrics}))
+    print_figures(args, figures, _metrics_line({**figures, "queries": metrics}))
     changes = {"--protocol": args.protocol, "--metric": args.metric, "--denominator": args.denominator}
     options = [word for option, value in changes.items() for word in (option, value)]
     again = [] if args.rerank or rule.drawn else ["--rerank"]
-    _next(shlex.join(["autoreid", "score", args.query, args.gallery, *options, *again]) if again else "autoreid cost")
+    propose(shlex.join(["autoreid", "score", args.query, args.gallery, *options, *again]) if again else "autoreid cost")
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -464,9 +373,9 @@ def cost(args: argparse.Namespace) -> None:
     from autoreid.network import find_model, known_models
     from autoreid.options import split_pairs
 
-    _threads()
-    _may_write("--picture", args.picture, args.overwrite, ".png")
-    device, rows, left_out = _device(args.device), [], []
+    set_threads()
+    may_write("--picture", args.picture, args.overwrite, ".png")
+    device, rows, left_out = device_of(args.device), [], []
     for name in args.models or [n for n in known_models() if n not in ABLATIONS and not n.startswith("random-")]:
         try:
             spec = find_model(name, split_pairs(args.changes), args.match)
@@ -498,14 +407,14 @@ def cost(args: argparse.Namespace) -> None:
     height, width = args.input
     lines.append(f"one {height} x {width} picture, no classifier; MACs: convolutions, linear layers, products; FLOPs: "
                  "2 x MACs; all: MAC + bias + 2 per batch norm + 1 per ReLU element")
-    _figures(args, rows, "\n".join(lines))
+    print_figures(args, rows, "\n".join(lines))
     if args.picture:
         from autoreid.plots import costs as draw_costs
         from autoreid.plots import save
 
         save(draw_costs(rows), args.picture)
         say(f"picture: {args.picture}")
-    _next("autoreid retrain MODEL --dataset drawn-people")
+    propose("autoreid retrain MODEL --dataset drawn-people")
 
 
 def density(args: argparse.Namespace) -> None:
@@ -516,11 +425,11 @@ def density(args: argparse.Namespace) -> None:
     from autoreid.options import split_pairs
     from autoreid.plots import draw_density
 
-    _threads()
-    _may_write("--picture", args.picture, args.overwrite, ".png")
+    set_threads()
+    may_write("--picture", args.picture, args.overwrite, ".png")
     if not args.images:
         raise UserError("--images 0: give at least 1")
-    device, measured = _device(args.device), {}
+    device, measured = device_of(args.device), {}
     samples = data.load(args.dataset, args.root, parts=("train",)).train
     step = max(1, len(samples) // args.images)
     samples = samples[::step][: args.images]
@@ -538,11 +447,11 @@ def density(args: argparse.Namespace) -> None:
              for label, rows in measured.items()]
     lines.append(f"share of activations that are not zero, over {len(samples)} training images; 100 % where no ReLU ends a "
                  "group: hard-swish, GELU and batch norm make no zeros")
-    _figures(args, measured, "\n".join(lines))
+    print_figures(args, measured, "\n".join(lines))
     if args.picture:
         draw_density(measured, args.picture)
         say(f"picture: {args.picture}")
-    _next("autoreid density WEIGHTS.safetensors --dataset NAME --picture density.png")
+    propose("autoreid density WEIGHTS.safetensors --dataset NAME --picture density.png")
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -552,14 +461,14 @@ def tune(args: argparse.Namespace) -> None:
     from autoreid.tune import PANELS, SPACE, summary
     from autoreid.tune import tune as run_tune
 
-    _threads()
-    preset = _preset(args.dataset)
+    set_threads()
+    preset = preset_of(args.dataset)
     found = run_tune(
-        args.dataset, find_recipe(args.recipe or preset, _changes(args)),
+        args.dataset, find_recipe(args.recipe or preset, changes_of(args)),
         PANELS[preset] if args.panel is None else args.panel, args.out,
         root=args.root, trials=args.trials, tuned=tuple(SPACE) if args.fields is None else args.fields.split(","),
         folds=args.folds, sampler=args.sampler, pruner=args.pruner, objectives=args.objectives, storage=args.storage,
-        name=args.study, seed=args.seed, device=_device(args.device), workers=args.workers, cache=args.cache,
+        name=args.study, seed=args.seed, device=device_of(args.device), workers=args.workers, cache=args.cache,
         overwrite=args.overwrite,
     )
     folder = Path(args.out) / folder_name(args.dataset)
@@ -567,34 +476,34 @@ def tune(args: argparse.Namespace) -> None:
         say(f"picture: {path}")
     recipe = folder / "recipe.json"
     figures = {key: found[key] for key in ("study", "storage", "counts", "best", "base", "front", "importance")}
-    _figures(args, {"recipe": str(recipe), **figures}, summary(found, recipe))
-    _next(f"autoreid retrain MODEL --dataset {args.dataset}{_root(args)} --recipe {shlex.quote(str(recipe))}")
+    print_figures(args, {"recipe": str(recipe), **figures}, summary(found, recipe))
+    propose(f"autoreid retrain MODEL --dataset {args.dataset}{root_of(args)} --recipe {shlex.quote(str(recipe))}")
 
 
 def sweep(args: argparse.Namespace) -> int:
     from autoreid.sweep import Sweep, run, states
 
-    _threads()
+    set_threads()
     asked = Sweep.read(args.file)
     if args.list:
         rows = states(asked, args.out, args.storage)
     else:
-        rows = run(asked, args.out, root=args.root, storage=args.storage, device=_device(args.device),
+        rows = run(asked, args.out, root=args.root, storage=args.storage, device=device_of(args.device),
                    workers=args.workers, cache=args.cache, retry=args.retry)
     width = max(len(row["job"]) for row in rows)
-    _figures(args, rows, "\n".join(f"{row['job']:{width}}  {row['text']}" for row in rows))
+    print_figures(args, rows, "\n".join(f"{row['job']:{width}}  {row['text']}" for row in rows))
     where = {"--root": args.root, "--storage": args.storage and without_password(args.storage),
              "--out": None if args.out == "results" else args.out}
     again = shlex.join(["autoreid", "sweep", args.file, *(word for pair in where.items() if pair[1] for word in pair)])
     if args.list:
-        _next(again)
+        propose(again)
         return 0
     for folder in sorted({str(Path(row["result"]).parent) for row in rows if row["result"]}):
-        _next(f"autoreid compare {shlex.quote(folder)}")
+        propose(f"autoreid compare {shlex.quote(folder)}")
     failed = sum(row["state"] == "failed" for row in rows)
     if failed:
-        say(f"autoreid: {failed} of {_counted(len(rows), 'job')} failed, for the reasons above; when they are mended: "
-            f"{_pastable(again)} --retry")
+        say(f"autoreid: {failed} of {counted(len(rows), 'job')} failed, for the reasons above; when they are mended: "
+            f"{pastable(again)} --retry")
     return 2 if failed else 0
 
 
@@ -606,38 +515,18 @@ def compare(args: argparse.Namespace) -> None:
     results = comparison.read_results(args.folder)
     table = comparison.table(results, allow_mixed=args.allow_mixed)
     written = write_comparison(Path(args.folder), table)
-    _figures(args, json.loads(table.to_json(orient="records")), comparison.format_table(table))
+    print_figures(args, json.loads(table.to_json(orient="records")), comparison.format_table(table))
     for path in written:
         print(path, file=sys.stderr)
-    _next("autoreid retrain MODEL --dataset NAME --seed N")
+    propose("autoreid retrain MODEL --dataset NAME --seed N")
 
 
 # ---------------------------------------------------------------------------------------- small parts
-def _figures(args: argparse.Namespace, figures: Any, text: str) -> None:
-    if is_first():
-        print(json.dumps(figures) if args.json else text, flush=True)
-
-
-def _next(text: str) -> None:
-    """The next sensible command."""
-    say(f"next: {_pastable(text)}")
-
-
-def _pastable(text: str) -> str:
-    """A command that begins with autoreid, with the path of the program where it is not on the PATH."""
-    program = Path(sys.argv[0])
-    if shutil.which("autoreid") is None and program.name == "autoreid":
-        return text.replace("autoreid", os.path.relpath(program), 1)
-    return text
-
-
-def _root(args: argparse.Namespace) -> str:
-    return f" --root {shlex.quote(args.root)}" if args.root else ""
 
 
 def _metrics_line(result: dict[str, Any]) -> str:
     cmc, queries = result["cmc"], result["queries"]
-    how = [result["protocol"], _counted(result["views"], "view")] if "views" in result else [result["protocol"]]
+    how = [result["protocol"], counted(result["views"], "view")] if "views" in result else [result["protocol"]]
     how += [result["metric"]] if "metric" in result else []
     how += [f"{name} {','.join(map(str, result[name].values()))}" for name in ("rerank", "expand") if result.get(name)]
     if result["std"] is not None:
@@ -645,58 +534,13 @@ def _metrics_line(result: dict[str, Any]) -> str:
         how.append(f"mean of {result['repeats']} draws of the gallery, mAP ± {100 * std['mAP']:.1f}, rank-1 ± "
                    f"{100 * std['cmc']['1']:.1f}")
     if result["unreadable"]:
-        how.append(_counted(result["unreadable"], "unreadable image") + " left out")
+        how.append(counted(result["unreadable"], "unreadable image") + " left out")
     return (
         f"mAP {100 * result['mAP']:.1f} %, rank-1 {100 * cmc['1']:.1f} %, rank-5 {100 * cmc['5']:.1f} %, rank-10 "
         f"{100 * cmc['10']:.1f} %, mINP {100 * result['mINP']:.1f} %, trapezoid mAP {100 * result['mAP_trapezoid']:.1f} "
         f"%, {queries['scored']} of {queries['total']} queries {'counted' if result['denominator'] == 'all' else 'scored'} "
         f"({', '.join(how)})"
     )
-
-
-def _how(args: argparse.Namespace) -> Evaluation:
-    """The evaluation that retrain's and evaluate's options describe."""
-    from autoreid.evaluate import Evaluation
-
-    if args.flip and args.views not in (None, 2):
-        raise UserError(f"--flip means --views 2, and --views {args.views} is given: leave one of them out")
-    views = 2 if args.flip else 1 if args.views is None else args.views
-    rerank = _numbers("--rerank", args.rerank, "K1,K2,LAMBDA as in 20,6,0.3", (int, int, float))
-    expand = _numbers("--expand", args.expand, "K,ALPHA as in 10,3", (int, float))
-    return Evaluation(views, args.frames, rerank, expand, args.denominator, args.skip_unreadable)
-
-
-def _numbers(option: str, text: str | None, example: str, kinds: Sequence[type]) -> Any:
-    """The numbers of an option's text, or None where it is not given."""
-    if text is None:
-        return None
-    try:
-        return tuple(kind(part) for kind, part in zip(kinds, text.split(","), strict=True))
-    except ValueError:
-        raise UserError(f"{option} {text}: give {example}") from None
-
-
-def _known_protocol(name: str | None) -> None:
-    """Before a dataset is looked for."""
-    from autoreid.metrics import PROTOCOLS
-
-    if name is not None and name not in PROTOCOLS:
-        raise unknown("protocol", name, PROTOCOLS)
-
-
-def _may_write(option: str, path: str | None, overwrite: bool, ending: str = "") -> None:
-    """Before the work whose outcome the file is to hold."""
-    if path is None:
-        return
-    if not path.endswith(ending):
-        raise UserError(f"{option} {path}: give the name of a {ending} file")
-    if Path(path).is_dir():
-        raise UserError(f"{option} {path} is a folder: give the name of a file in it")
-    if Path(path).exists() and not overwrite:
-        raise UserError(f"{path} is there already: add --overwrite to replace it, or give another {option}")
-    there = next(parent for parent in Path(path).absolute().parents if parent.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"{option} {path}: {there} is no folder that can be written to; give another {option}")
 
 
 def _chosen(names: str | None, queries: Sequence[Any]) -> list[Any] | None:
@@ -730,54 +574,9 @@ def _draw_ranked(args: argparse.Namespace, extracted: Any, splits: Any, chosen: 
     query, gallery = ([s._replace(path=next(path for path in s.frames or (s.path,) if path not in gone)) for s in side]
                       for side in (extracted.asking, extracted.answering))
     title = f"{Path(args.weights).stem} on {splits.name}: {'the worst' if chosen is None else 'chosen'} queries"
-    how = [_counted(extracted.how.views, "view"), *(name for name in ("rerank", "expand") if getattr(extracted.how, name))]
+    how = [counted(extracted.how.views, "view"), *(name for name in ("rerank", "expand") if getattr(extracted.how, name))]
     save(draw(lists, query, gallery, f"{title} ({', '.join(how)})", splits.name_of), args.ranked)
     say(f"ranked lists: {args.ranked}")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _changes(args: argparse.Namespace) -> dict[str, Any]:
-    from autoreid.options import split_pairs
-
-    changes: dict[str, Any] = dict(split_pairs(args.changes))
-    for name in ("epochs", "input"):
-        if getattr(args, name) is not None:
-            changes[name] = getattr(args, name)
-    return changes
-
-
-def _preset(dataset: str) -> str:
-    """Drawn pictures are small and meant for CPUs; everything else gets the field's settings."""
-    return "drawn" if dataset.startswith("drawn-") else "default"
-
-
-def _provenance(command: str, dataset: str, method: str, seed: int) -> dict[str, Any]:
-    from autoreid.runs import commit
-
-    return {"command": command, "dataset": dataset, "method": method, "seed": seed, "commit": commit()}
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu")
-    return name
-
-
-def _threads() -> None:
-    """Physical cores shared with others make torch's threads wait for each other; OMP_NUM_THREADS overrides."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
 def _complain(text: str) -> None:
@@ -789,7 +588,7 @@ def _again(argv: Sequence[str]) -> str:
     """The command that goes on with the one that was stopped."""
     kept = [a for a in argv if a not in ("--resume", "--overwrite")]
     again = shlex.join(["autoreid", *kept, *(["--resume"] if argv[0] not in JOINED else [])])
-    return f"torchrun --nproc-per-node {processes()} -m {again}" if processes() > 1 else _pastable(without_password(again))
+    return f"torchrun --nproc-per-node {processes()} -m {again}" if processes() > 1 else pastable(without_password(again))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,19 +11,21 @@ LAYERS = [
     {"genotype", "space", "runs", "recipe", "protocols", "parallel"},
     {"ops", "losses", "ranking", "rerank", "metrics", "cost", "data", "tracking",
      "averaging"},
-    {"cell", "heads", "backbones", "augment", "pictures", "loading", "evaluate", "ranked", "swag"},
+    {"cell", "compression", "heads", "backbones", "augment", "pictures", "loading", "evaluate", "ranked", "swag"},
     {"supernet", "network", "pretrained", "studies"},
     {"search", "train"},
-    {"tune", "sweep", "anytime", "compress", "export", "compare", "density"},
-    {"plots", "report", "nni_bridge"},
+    {"tune", "sweep", "anytime", "compress", "export", "compare", "density", "index", "neighbours"},
+    {"plots", "plots_anytime", "plots_compress", "report", "nni_bridge"},
     {"demo"},
-    {"cli", "__main__"},
+    {"cli_parts", "cli_deploy", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within a layer, what a later module of the same row may read of an earlier one
 SAME_LAYER = {("space", "genotype"), ("recipe", "runs"), ("options", "errors"), ("errors", "version"),
               ("metrics", "ranking"), ("metrics", "rerank"), ("loading", "augment"), ("loading", "pictures"),
-              ("evaluate", "loading"), ("report", "plots"), ("__main__", "cli")}
+              ("evaluate", "loading"), ("report", "plots"), ("plots_anytime", "plots"), ("plots_compress", "plots"), ("__main__", "cli"),
+              ("heads", "compression"), ("compress", "neighbours"), ("index", "neighbours"),
+              ("cli_deploy", "cli_parts"), ("cli", "cli_parts"), ("cli", "cli_deploy")}
 EMPTY_WORDS = {"utils", "helpers", "common", "base", "engine", "manager", "registry"}
 
 
