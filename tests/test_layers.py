@@ -23,7 +23,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # within a layer, what a later module of the same row may read of an earlier one
 SAME_LAYER = {("space", "genotype"), ("recipe", "runs"), ("options", "errors"), ("errors", "version"),
               ("metrics", "ranking"), ("metrics", "rerank"), ("loading", "augment"), ("loading", "pictures"),
-              ("evaluate", "loading"), ("report", "plots"), ("plots_anytime", "plots"), ("plots_compress", "plots"), ("__main__", "cli"),
+              ("evaluate", "loading"), ("report", "plots"), ("plots_anytime", "plots"), ("plots_compress", "plots"),
+              ("__main__", "cli"),
               ("heads", "compression"), ("compress", "neighbours"), ("index", "neighbours"),
               ("cli_deploy", "cli_parts"), ("cli", "cli_parts"), ("cli", "cli_deploy")}
 EMPTY_WORDS = {"utils", "helpers", "common", "base", "engine", "manager", "registry"}
