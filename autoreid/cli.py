@@ -495,7 +495,7 @@ def sweep(args: argparse.Namespace) -> int:
     where = {"--root": args.root, "--storage": args.storage and without_password(args.storage),
              "--out": None if args.out == "results" else args.out}
     again = shlex.join(["autoreid", "sweep", args.file, *(word for pair in where.items() if pair[1] for word in pair)])
-    if args.list:
+    if args.list and not all(row["state"] == "finished" for row in rows):
         propose(again)
         return 0
     for folder in sorted({str(Path(row["result"]).parent) for row in rows if row["result"]}):

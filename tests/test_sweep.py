@@ -251,6 +251,10 @@ def test_the_list_says_of_every_job_how_far_it_is_and_changes_nothing(here, mark
     assert states[:2] == ["failed: it diverged", "finished: mAP 50.0 %"]
     assert states[2].startswith("running on ") and states[2].endswith(f", process {os.getpid()}")
     assert len(trained) == 3
+    trained.faults.clear()
+    assert main(["sweep", "panel.json", "--root", str(market), "--retry"]) == 0
+    assert main(listing) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("next: autoreid compare results")
 
 
 def test_a_storage_that_does_not_exist_and_one_process_of_several(here, market, trained, capsys, monkeypatch):
