@@ -56,7 +56,7 @@ COMMANDS = ("demo", "data", "search", "retrain", "evaluate", "score", "cost", "d
             *cli_deploy.COMMANDS)
 RESUMABLE = ("demo", "search", "retrain", "tune", "sweep", *cli_deploy.RESUMABLE)  # what SIGTERM stops with its state saved
 LISTS = 50  # as high as a picture can be
-JOINED = ("tune", "sweep")  # the same command goes on by itself
+JOINED = ("tune", "sweep", *cli_deploy.JOINED)  # the same command goes on by itself
 GLOBAL_OPTIONS = ("-h", "--help", "--version")
 
 

@@ -7,13 +7,13 @@ gets deployed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoreid.compression import Branch, Int8, Keep, Stored, reduction
 from autoreid.errors import UserError, unknown
 
 
@@ -86,13 +86,6 @@ NECKS: dict[str, Callable[[int], nn.Module]] = {
 FCS: dict[str, Callable[[int, int], nn.Module]] = {"linear": nn.Linear, "norm-relu": norm_relu}
 
 
-class Branch(NamedTuple):
-    """What training supervises: the vector that the metric loss reads, and the one that the classifier reads."""
-
-    metric: Tensor
-    classified: Tensor
-
-
 def branch(features: Tensor, neck: nn.Module) -> Branch:
     """The neck stands between the two losses (Luo et al. 2019; SAFR, section 4.2), but L2 before both (Robust-ReID)."""
     if isinstance(neck, L2TestNeck):
@@ -101,9 +94,25 @@ def branch(features: Tensor, neck: nn.Module) -> Branch:
     return Branch(after if isinstance(neck, L2Neck) else features, after)
 
 
+def quantised(features: Sequence[Tensor], necks: Sequence[nn.Module], stored: Stored) -> list[Branch]:
+    """The branches of vectors that are stored side by side as one embedding; in float32 :func:`branch` of each."""
+    found = [branch(x, neck) for x, neck in zip(features, necks, strict=True)]
+    return stored.branches(found, [neck(b.classified) if isinstance(neck, L2TestNeck) else b.classified
+                                   for b, neck in zip(found, necks, strict=True)])
+
+
+def apart(neck: str) -> bool:
+    """Whether the embedding is another vector than the one that the metric loss reads."""
+    return neck not in ("none", "l2")
+
+
 # ---------------------------------------------------------------------------------------- heads
 class PooledHead(nn.Module):
-    """The last map: pooling, dropout, optional embedding layer, neck. One branch."""
+    """The last map: pooling, dropout, optional embedding layer, neck. One branch.
+
+    As in every head, ``slice``, ``rank`` or ``keep`` shorten the embedding before the neck and ``int8`` quantises it
+    after: see ``autoreid.compression``.
+    """
 
     reads = "forward"
 
@@ -115,27 +124,42 @@ class PooledHead(nn.Module):
         fc: str = "linear",
         neck: str = "batch",
         dropout: float = 0.0,
+        slice: int | None = None,
+        rank: int | None = None,
+        keep: int | None = None,
+        int8: bool = False,
     ) -> None:
         super().__init__()
         _check(pooling, neck, embedding_dim, dropout)
         if fc not in FCS:
             raise unknown("fc", fc, FCS)
         channels: int = backbone.channels  # type: ignore[assignment]
-        self.dims = embedding_dim or channels
-        self.branch_dims = (self.dims,)
+        width = embedding_dim or channels
+        self.reduce, self.dims = reduction(width, slice, rank, keep)
+        self.branch_dims, self.classified_dims = (self.dims,), (width if rank else self.dims,)
         self.pooling = POOLINGS[pooling](channels)
         self.dropout = nn.Dropout(dropout)
         self.embedding = nn.Identity() if embedding_dim is None else FCS[fc](channels, embedding_dim)
         self.neck = NECKS[neck](self.dims)
+        self.stored = Stored(int8, apart(neck))
 
     def features(self, x: Tensor) -> Tensor:
-        return self.embedding(self.dropout(self.pooling(x)))
+        return self.reduce(self.embedding(self.dropout(self.pooling(x))))
+
+    def before_necks(self, x: Tensor) -> list[Tensor]:
+        return [self.features(x)]
+
+    def reductions(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.reduce, self.neck)]
 
     def branches(self, x: Tensor) -> list[Branch]:
-        return [branch(self.features(x), self.neck)]
+        return quantised([self.features(x)], [self.neck], self.stored)
+
+    def before_storage(self, x: Tensor) -> Tensor:
+        return self.neck(self.features(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.neck(self.features(x))
+        return self.stored(self.before_storage(x))
 
 
 class ExitsHead(nn.Module):
@@ -156,14 +180,20 @@ class ExitsHead(nn.Module):
         pooling: str = "average",
         neck: str = "none",
         dropout: float = 0.0,
+        slice: int | None = None,
+        rank: int | None = None,
+        keep: int | None = None,
+        int8: bool = False,
     ) -> None:
         super().__init__()
         _check(pooling, neck, embedding_dim, dropout)
         if hidden < 1:
             raise UserError(f"hidden is {hidden}; allowed: 1 or more")
         widths: Sequence[int] = backbone.stage_channels  # type: ignore[assignment]
-        self.dims = embedding_dim
-        self.branch_dims = (embedding_dim,) * (len(widths) + 1)
+        reduced = [reduction(embedding_dim, slice, rank, keep) for _ in (*widths, "fusion")]
+        self.reduces, self.dims = nn.ModuleList(module for module, _ in reduced), reduced[0][1]
+        self.branch_dims = (self.dims,) * len(reduced)
+        self.classified_dims = (embedding_dim,) * len(reduced) if rank else self.branch_dims
         self.stages = nn.ModuleList(
             nn.Sequential(
                 POOLINGS[pooling](channels), nn.Linear(channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
@@ -173,23 +203,49 @@ class ExitsHead(nn.Module):
         )
         # equal parts to begin with, so that phi has the scale of one phi_s
         self.fusion = nn.Parameter(torch.full((len(widths),), 1 / len(widths)))
-        self.necks = nn.ModuleList(NECKS[neck](embedding_dim) for _ in self.branch_dims)
+        self.necks = nn.ModuleList(NECKS[neck](self.dims) for _ in self.branch_dims)
+        self.stores = nn.ModuleList(Stored(int8, apart(neck)) for _ in self.branch_dims)
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """phi_1 .. phi_S, phi, each B x dims, before the necks."""
         phis = [stage(x) for stage, x in zip(self.stages, maps, strict=True)]
-        return [*phis, sum(w * phi for w, phi in zip(self.fusion, phis, strict=True))]
+        phis = [*phis, sum(w * phi for w, phi in zip(self.fusion, phis, strict=True))]
+        return [reduce(phi) for reduce, phi in zip(self.reduces, phis, strict=True)]
+
+    def before_necks(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return self.features(maps)
+
+    def reductions(self) -> list[tuple[nn.Module, nn.Module]]:
+        return list(zip(self.reduces, self.necks, strict=True))
 
     def branches(self, maps: Sequence[Tensor]) -> list[Branch]:
-        return [branch(phi, neck) for phi, neck in zip(self.features(maps), self.necks, strict=True)]
+        return [b for phi, neck, stored in zip(self.features(maps), self.necks, self.stores, strict=True)
+                for b in quantised([phi], [neck], stored)]  # type: ignore[arg-type]
 
     def exits(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """What a query that leaves at exit s is compared by: phi_1 .. phi_{S-1}, phi, each B x dims."""
-        after = [neck(phi) for phi, neck in zip(self.features(maps), self.necks, strict=True)]
+        after = [stored(neck(phi)) for phi, neck, stored in zip(self.features(maps), self.necks, self.stores, strict=True)]
         return [*after[:-2], after[-1]]
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+    def finish(self, number: int, phi: Tensor) -> Tensor:
+        """An exit's embedding from its whole phi: shortened, through its neck, as it is stored."""
+        return self.stores[number](self.necks[number](self.reduces[number](phi)))
+
+    def walk(self, maps: Iterable[Tensor]) -> Iterator[Tensor]:
+        """:meth:`exits` one by one, from maps that may still be under way, as ``backbone.stages`` yields them: who stops
+        reading runs no later stage and no later exit. Eval mode."""
+        phis: list[Tensor] = []
+        for stage, x in zip(self.stages, maps, strict=False):
+            phis.append(stage(x))
+            if len(phis) < len(self.stages):
+                yield self.finish(len(phis) - 1, phis[-1])
+        yield self.finish(-1, sum(w * phi for w, phi in zip(self.fusion, phis, strict=True)))
+
+    def before_storage(self, maps: Sequence[Tensor]) -> Tensor:
         return self.necks[-1](self.features(maps)[-1])
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.stores[-1](self.before_storage(maps))
 
 
 class StreamsHead(nn.Module):
@@ -197,13 +253,22 @@ class StreamsHead(nn.Module):
 
     Reads ``backbone.streams``: the global map B x C x h x w and the regions' maps B x R x C x h' x w'. Each stream is
     pooled and goes through Linear, batch norm and ReLU to ``embedding_dim``; the regions' vectors are joined before.
-    Two branches; the embedding is B x (2 * embedding_dim), global first.
+    Two branches; the embedding is B x (2 * embedding_dim), global first. Where it is shortened, both by the same number
+    of dimensions; in int8 both have one scale.
     """
 
     reads = "streams"
 
     def __init__(
-        self, backbone: nn.Module, pooling: str = "gem-channel", embedding_dim: int = 512, neck: str = "l2"
+        self,
+        backbone: nn.Module,
+        pooling: str = "gem-channel",
+        embedding_dim: int = 512,
+        neck: str = "l2",
+        slice: int | None = None,
+        rank: int | None = None,
+        keep: int | None = None,
+        int8: bool = False,
     ) -> None:
         super().__init__()
         if not hasattr(backbone, "streams"):
@@ -212,25 +277,37 @@ class StreamsHead(nn.Module):
         _check(pooling, neck, embedding_dim, 0)
         channels: int = backbone.channels  # type: ignore[assignment]
         regions: int = backbone.regions  # type: ignore[assignment]
-        self.dims = 2 * embedding_dim
-        self.branch_dims = (embedding_dim, embedding_dim)
+        self.reduce_global, k = reduction(embedding_dim, slice, rank, keep, parts=2)
+        self.reduce_local, _ = reduction(embedding_dim, slice, rank, keep, parts=2)
+        self.dims, self.branch_dims = 2 * k, (k, k)
+        self.classified_dims = (embedding_dim, embedding_dim) if rank else self.branch_dims
         self.pooling_global, self.pooling_local = POOLINGS[pooling](channels), POOLINGS[pooling](channels)
         self.fc_global, self.fc_local = norm_relu(channels, embedding_dim), norm_relu(regions * channels, embedding_dim)
-        self.neck_global, self.neck_local = NECKS[neck](embedding_dim), NECKS[neck](embedding_dim)
+        self.neck_global, self.neck_local = NECKS[neck](k), NECKS[neck](k)
+        self.stored = Stored(int8, apart(neck))
 
     def features(self, maps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The global vector and the regions', each B x embedding_dim, before the necks."""
+        """The global vector and the regions', each B x dims / 2, before the necks."""
         whole, regions = maps
         pooled = self.pooling_local(regions.flatten(0, 1)).unflatten(0, regions.shape[:2])  # B x R x C
-        return self.fc_global(self.pooling_global(whole)), self.fc_local(pooled.flatten(1))
+        return (self.reduce_global(self.fc_global(self.pooling_global(whole))),
+                self.reduce_local(self.fc_local(pooled.flatten(1))))
+
+    def before_necks(self, maps: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return list(self.features(maps))
+
+    def reductions(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.reduce_global, self.neck_global), (self.reduce_local, self.neck_local)]
 
     def branches(self, maps: tuple[Tensor, Tensor]) -> list[Branch]:
-        g, regions = self.features(maps)
-        return [branch(g, self.neck_global), branch(regions, self.neck_local)]
+        return quantised(self.features(maps), [self.neck_global, self.neck_local], self.stored)
 
-    def forward(self, maps: tuple[Tensor, Tensor]) -> Tensor:
+    def before_storage(self, maps: tuple[Tensor, Tensor]) -> Tensor:
         g, regions = self.features(maps)
         return torch.cat([self.neck_global(g), self.neck_local(regions)], dim=1)
+
+    def forward(self, maps: tuple[Tensor, Tensor]) -> Tensor:
+        return self.stored(self.before_storage(maps))
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {"pooled": PooledHead, "exits": ExitsHead, "streams": StreamsHead}
@@ -251,7 +328,8 @@ def _check(pooling: str, neck: str, embedding_dim: int | None, dropout: float) -
 class ReIDNet(nn.Module):
     """A backbone and a head (``pooled``, ``exits`` or ``streams``, with its options).
 
-    ``forward(images: B x 3 x H x W) -> B x dims`` in train and eval mode alike. Training reads :meth:`branches`.
+    ``forward(images: B x 3 x H x W) -> B x dims`` in train and eval mode alike. Training reads :meth:`branches`. With the
+    head's option ``int8`` forward gives the dequantised values of :meth:`codes`.
     ``input_size``, (H, W), is set on a net that was loaded from its weights: the size it was trained at.
     """
 
@@ -265,6 +343,7 @@ class ReIDNet(nn.Module):
         self.head = HEADS[head](backbone, **options)
         self.dims: int = self.head.dims  # type: ignore[assignment]
         self.branch_dims: tuple[int, ...] = self.head.branch_dims  # type: ignore[assignment]
+        self.classified_dims: tuple[int, ...] = self.head.classified_dims  # type: ignore[assignment]
 
     def maps(self, images: Tensor):
         """What the head reads: the last map, the maps of all stages, or the maps of both streams."""
@@ -277,3 +356,39 @@ class ReIDNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.maps(images))
+
+    # ------------------------------------------------------------------------------------ compressed embeddings
+    @property
+    def int8(self) -> Int8 | None:
+        """The quantiser of the embedding, None where it is float32."""
+        stored = self.head.stores[-1] if hasattr(self.head, "stores") else self.head.stored  # type: ignore[index]
+        return stored.embedding  # type: ignore[union-attr, return-value]
+
+    @property
+    def scale(self) -> float | None:
+        """An int8 embedding is its codes times this; None where it is float32."""
+        return None if self.int8 is None else float(self.int8.scale)
+
+    def codes(self, images: Tensor) -> Tensor:
+        """The embedding as it is stored, B x dims int8. Raises UserError where the net was not trained for it."""
+        if self.int8 is None:
+            raise UserError("this net has float32 embeddings; train one with --set int8=true for int8 codes")
+        return self.int8.codes(self.head.before_storage(self.maps(images)))  # type: ignore[operator]
+
+    def before_necks(self, images: Tensor) -> list[Tensor]:
+        """Each branch's vector as the metric loss reads it, before it is quantised: what pruning looks at."""
+        return self.head.before_necks(self.maps(images))  # type: ignore[operator]
+
+    @torch.no_grad()
+    def take_pruned(self, larger: ReIDNet, chosen: Sequence[Tensor]) -> None:
+        """All of ``larger``'s weights, with ``chosen`` of each branch's dimensions: ``larger`` is this net with a larger
+        ``keep``, or with none."""
+        own, theirs = self.state_dict(), larger.state_dict()
+        self.load_state_dict({name: theirs[name] if name in theirs and theirs[name].shape == value.shape else value
+                              for name, value in own.items()})
+        pairs = zip(self.head.reductions(), larger.head.reductions(), chosen, strict=True)  # type: ignore[operator]
+        for (reduce, neck), (before, larger_neck), columns in pairs:
+            kept = before.kept if isinstance(before, Keep) else torch.arange(1 + int(columns.max()), device=columns.device)
+            reduce.kept.copy_(kept.to(columns.device)[columns])
+            neck.load_state_dict({name: value[columns.to(value.device)] if value.ndim else value
+                                  for name, value in larger_neck.state_dict().items()})

@@ -243,9 +243,47 @@ def save_weights(path: str | Path, net: ReIDNet, spec: ModelSpec, **metadata: An
 
 def load_weights(path: str | Path) -> tuple[ReIDNet, dict[str, Any]]:
     """The network in eval mode, and the file's metadata (``model``, ``input``, ``mean``, ``std``, ...)."""
+    tensors, header = _read_weights(Path(path))
+    net = ModelSpec.from_dict(header["model"]).build()
+    net.load_state_dict(tensors)
+    net.input_size = (int(header["input"][0]), int(header["input"][1]))
+    return net.eval(), header
+
+
+def wrote(path: str | Path) -> bool:
+    """Whether the file is of :func:`save_weights`; False where there is none, or one of another program."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    if not Path(path).is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "autoreid" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def check_same(net: ReIDNet, path: str | Path) -> dict[str, Tensor]:
+    """The tensors in the file if they are those of this network, to the shape; else a UserError that says which are not.
+    ``net`` may lie on the meta device."""
+    tensors, header = _read_weights(Path(path))
+    own = net.state_dict()
+    odd = sorted(name for name in own.keys() | tensors.keys()
+                 if name not in own or name not in tensors or own[name].shape != tensors[name].shape)
+    if odd:
+        raise UserError(f"--init {path}: the weights of {header['model']['label']}, which is another network: {len(odd)} "
+                        f"tensors differ, the first is {odd[0]}; give the same model and options, as `--set`")
+    return tensors
+
+
+def load_same(net: ReIDNet, path: str | Path) -> None:
+    """Start from weights that :func:`save_weights` wrote for the same network: fine-tuning."""
+    net.load_state_dict(check_same(net, path))
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise UserError(f"no weights at {path}: `autoreid retrain` writes them beside its result")
     try:
@@ -258,7 +296,4 @@ def load_weights(path: str | Path) -> tuple[ReIDNet, dict[str, Any]]:
         ) from None
     if header.get("format") != "autoreid-weights":
         raise UserError(f"{path} was not written by autoreid: its metadata do not say how to build the network")
-    net = ModelSpec.from_dict(header["model"]).build()
-    net.load_state_dict(tensors)
-    net.input_size = (int(header["input"][0]), int(header["input"][1]))
-    return net.eval(), header
+    return tensors, header

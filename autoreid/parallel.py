@@ -123,6 +123,16 @@ def average_(tensors: Iterable[Tensor | None]) -> None:
 
 
 @torch.no_grad()
+def largest(x: Tensor) -> Tensor:
+    """Elementwise the largest of all processes' tensors."""
+    if processes() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+@torch.no_grad()
 def broadcast_(module: nn.Module) -> None:
     """The first process's parameters and buffers to all: one message per type."""
     _in_one_message((*module.parameters(), *module.buffers()), lambda flat: dist.broadcast(flat, 0))

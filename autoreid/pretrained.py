@@ -56,10 +56,14 @@ def weights_file(backbone: nn.Module, name: str, file: str | Path | None = None)
 def start_of(path: Path, name: str) -> dict[str, str]:
     """What a result says of the weights it began with: ``init`` "imagenet" where the file is torchvision's own (its name
     there holds the first digits of its SHA-256), else "file"; the file's name and SHA-256."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     weights = imagenet_weights(name)
     own = Path(torchvision.models.get_weight(weights).url).stem.rsplit("-", 1)[-1] if weights else "none"
     return {"init": "imagenet" if digest.startswith(own) else "file", "init_file": path.name, "init_sha256": digest}
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def imagenet_weights(name: str) -> str | None:

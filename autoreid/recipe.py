@@ -286,6 +286,12 @@ RECIPES: dict[str, Recipe] = {
 RECIPES["demo"] = replace(RECIPES["drawn"], epochs=10)
 
 
+def step_of_pruning(recipe: Recipe) -> Recipe:
+    """A fifth of the epochs, rounded up, with the same shape of the schedule (McDermott 2024, section 3: "each retraining
+    uses 20% of the epochs used during normal training")."""
+    return _with(recipe, {"epochs": -(-recipe.epochs // 5)})
+
+
 def find_recipe(name: str, changes: dict[str, Any] | None = None) -> Recipe:
     """A recipe by name or from a JSON file, with ``changes`` applied (text as in ``--set``, or values)."""
     if name.endswith(".json"):

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -196,6 +196,15 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
 
 
+def forget_peak_memory() -> None:
+    """A result tells the peak of its own training, not of the larger network that this process trained before it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux: of this process the peak becomes what it holds now
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def folder_name(dataset: str) -> str:
     """A dataset's name as that of a folder: ``cuhk03/labeled`` is ``cuhk03-labeled``."""
     return dataset.replace("/", "-")
@@ -316,15 +325,20 @@ class Run:
 
         Where the last is damaged it is the one before, with a warning; UserError where that is damaged too.
         """
-        there = [path for path in (self.checkpoint, self._before) if path.exists()]
+        return self.saved(self.folder)
+
+    @classmethod
+    def saved(cls, folder: Path) -> dict[str, Any] | None:
+        """As :meth:`load`, of the run in this folder."""
+        there = [path for name in ("checkpoint.pt", "checkpoint.before.pt") if (path := folder / name).exists()]
         for path in there:
             try:
-                state = self._read(path)
+                state = cls._read(path)
             except Exception as fault:  # torch raises many kinds for a damaged file
                 why = fault if isinstance(fault, _Changed) else type(fault).__name__  # torch's own words advise a risk
                 say(f"warning: {path} cannot be read ({why}): it is damaged")
                 continue
-            if path == self._before:
+            if path.name == "checkpoint.before.pt":
                 say(f"warning: going on from the state before, {path}")
             return state
         if not there:

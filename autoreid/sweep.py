@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from autoreid.evaluate import Evaluation
 from autoreid.network import ModelSpec, find_model
 from autoreid.options import read_json, require
 from autoreid.recipe import Recipe, find_recipe
-from autoreid.runs import folder_name, key_of, say
+from autoreid.runs import folder_name, forget_peak_memory, key_of, say
 from autoreid.train import check_start, retrain
 
 REQUIRED = ("models", "datasets", "recipe")
@@ -195,7 +194,7 @@ def run(
     def train(trial: Trial) -> float:
         job = jobs[trial.user_attrs["job"]]
         say(f"{job}: starts")
-        _forget_peak_memory(device)
+        forget_peak_memory()
         path, result = retrain(
             job.spec, job.dataset, sweep.recipe, out, root=root, test=sweep.test, seed=job.seed, device=device,
             workers=workers, how=sweep.how, init=job.init, cache=cache, resume=True, name=job.name,
@@ -210,14 +209,6 @@ def run(
     studies.work(study, train, wanted=None, on_trial=tell, survives=(UserError,),
                  mine=lambda trial: trial.user_attrs.get("job") in jobs)
     return studies.patiently(lambda: _states(sweep, study))
-
-
-def _forget_peak_memory(device: str) -> None:
-    """A result tells the peak of its own training, not of the larger network that was trained before it."""
-    if "cuda" in device:
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # Linux: of this process the peak becomes what it holds now
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 # ---------------------------------------------------------------------------------------- where it stands

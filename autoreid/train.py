@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoreid import cost, data, parallel
 from autoreid.averaging import averaged
+from autoreid.compression import Branch, bytes_of, largest_columns
 from autoreid.data import Sample, Splits
 from autoreid.errors import UserError
 from autoreid.evaluate import (
@@ -30,12 +31,13 @@ from autoreid.evaluate import (
     Extracted,
     check_task,
     evaluate,
+    extract,
     extract_both,
     held_out_split,
     keep_out,
     without_cameras,
 )
-from autoreid.heads import Branch, ReIDNet
+from autoreid.heads import ReIDNet
 from autoreid.loading import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -47,9 +49,9 @@ from autoreid.loading import (
     relabel,
 )
 from autoreid.losses import LOSSES, CenterLoss, smoothed_cross_entropy
-from autoreid.network import ModelSpec, save_weights
+from autoreid.network import ModelSpec, check_same, load_same, load_weights, save_weights, wrote
 from autoreid.options import read_json, require
-from autoreid.pretrained import load_imagenet, start_of, weights_file
+from autoreid.pretrained import load_imagenet, sha256_of, start_of, weights_file
 from autoreid.recipe import Recipe
 from autoreid.runs import (
     Preempted,
@@ -57,6 +59,7 @@ from autoreid.runs import (
     asked_to_stop,
     environment,
     folder_name,
+    key_of,
     peak_memory_bytes,
     progress,
     say,
@@ -101,17 +104,22 @@ class Criterion(nn.Module):
     """The recipe's losses on every branch of a network: a classifier and, where the recipe has them, centers for each.
 
     The triplet and center losses read a branch before its neck, the classifier after it (Luo et al. 2019, section 3.5).
-    A loss of weight zero is not computed.
+    A loss of weight zero is not computed. ``classified_dims`` is what the classifiers read where that is wider than the
+    branches: ``expand`` is then the second factor of a low-rank embedding, one for each branch (``autoreid.compression``).
     """
 
-    def __init__(self, branch_dims: Sequence[int], identities: int, recipe: Recipe) -> None:
+    def __init__(
+        self, branch_dims: Sequence[int], identities: int, recipe: Recipe, classified_dims: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.recipe = recipe
-        self.classifiers = nn.ModuleList()
-        for dims in branch_dims if recipe.ce_weight > 0 else ():
-            classifier = nn.Linear(dims, identities, bias=False)
+        self.classifiers, self.expand = nn.ModuleList(), nn.ModuleList()
+        for dims, wide in zip(branch_dims, classified_dims or branch_dims, strict=True) if recipe.ce_weight > 0 else ():
+            classifier = nn.Linear(wide, identities, bias=False)
             nn.init.normal_(classifier.weight, std=0.001)
             self.classifiers.append(classifier)
+            if wide != dims:
+                self.expand.append(nn.Linear(dims, wide, bias=False))
         self.centers = nn.ModuleList(
             CenterLoss(identities, dims, recipe.center_weight) for dims in (branch_dims if recipe.center_weight > 0 else ())
         )
@@ -119,9 +127,10 @@ class Criterion(nn.Module):
     def forward(self, branches: Sequence[Branch], labels: Tensor) -> Losses:
         recipe = self.recipe
         ce = triplet = center = torch.zeros((), device=labels.device)
-        for classifier, b in zip(self.classifiers, branches, strict=bool(self.classifiers)):
+        for number, (classifier, b) in enumerate(zip(self.classifiers, branches, strict=bool(self.classifiers))):
             smoothing = None if recipe.literal_smoothing else recipe.label_smoothing
-            ce = ce + smoothed_cross_entropy(classifier(b.classified), labels, smoothing, recipe.literal_smoothing)
+            read = self.expand[number](b.classified) if self.expand else b.classified
+            ce = ce + smoothed_cross_entropy(classifier(read), labels, smoothing, recipe.literal_smoothing)
         if recipe.triplet_weight > 0:
             margin = "soft" if recipe.soft_margin else recipe.margin
             for b in branches:
@@ -130,6 +139,11 @@ class Criterion(nn.Module):
             center = center + loss(b.metric, labels)
         total = recipe.ce_weight * ce + recipe.triplet_weight * triplet + center
         return Losses(total, ce, triplet, center)
+
+    def take_pruned(self, larger: Mapping[str, Tensor], chosen: Sequence[Tensor]) -> None:
+        """The state of a criterion of wider branches, with ``chosen`` of each branch's dimensions."""
+        branch = {name: chosen[int(name.split(".")[1])] for name in larger}  # classifiers.0.weight, centers.0.centers
+        self.load_state_dict({name: value[:, branch[name].to(value.device)] for name, value in larger.items()})
 
 
 class Diverged(UserError):
@@ -178,8 +192,10 @@ class Learner:
             net.to(memory_format=torch.channels_last)
         if recipe.sync_bn and parallel.processes() > 1:
             parallel.synchronised(net, device)
-        self.net, self.criterion = net, Criterion(net.branch_dims, identities, recipe).to(device)
-        self.parameters = [p for p in (*net.parameters(), *self.criterion.classifiers.parameters()) if p.requires_grad]
+        self.net = net
+        self.criterion = Criterion(net.branch_dims, identities, recipe, net.classified_dims).to(device)
+        learned = (*net.parameters(), *self.criterion.classifiers.parameters(), *self.criterion.expand.parameters())
+        self.parameters = [p for p in learned if p.requires_grad]
         self.optimizer = make_optimizer(recipe, self.parameters)
         centers = list(self.criterion.centers.parameters())
         self.optimizers = [self.optimizer, *([torch.optim.SGD(centers, recipe.center_lr)] if centers else [])]
@@ -281,9 +297,10 @@ def fit(
     cache: str | None = None,
     held_out: Sequence[Sample] = (),
     report: Callable[[int, float], None] | None = None,
+    prepare: Callable[[Learner], None] | None = None,
 ) -> Training:
     """Train ``net`` on ``samples`` by ``recipe``, in place; goes on from the run's checkpoint if there is one.
-    ``cache``: a folder for decoded pictures.
+    ``cache``: a folder for decoded pictures. ``prepare`` is called before the first step, unless there is a checkpoint.
 
     ``held_out``: training identities that are not in ``samples``, to watch retrieval on: every ``recipe.eval_every``
     epochs and at the end; ``report`` is told each time (epoch from 1, mAP), and what it raises ends the training.
@@ -312,8 +329,11 @@ def fit(
         first, start, seconds, memory = state["epoch"], state["batch"], state["seconds"], state["memory"]
         sums = state["sums"][parallel.rank()].to(device)
         say(f"resumed after epoch {first}{f' and {start} batches' if start else ''} of {recipe.all_epochs}")
-    elif run.resumes:
-        say("no epoch was finished: starting with the first")
+    else:
+        if run.resumes:
+            say("no epoch was finished: starting with the first")
+        if prepare is not None:
+            prepare(learner)
     val_map = None
     with closing(Curves(run.folder, COLUMNS, first)) as curves:
         for epoch, val_map in curves.read("val_mAP"):
@@ -425,6 +445,12 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> 
 
 
 # ---------------------------------------------------------------------------------------- train, then measure once
+def embedding_of(net: ReIDNet) -> dict[str, Any]:
+    """What is stored of one image: dimensions, type and bytes (an int8 gallery has 4 bytes of scale besides)."""
+    dtype = "float32" if net.int8 is None else "int8"
+    return {"dims": net.dims, "dtype": dtype, "bytes": bytes_of(net.dims, dtype)}
+
+
 TESTED = ("query", "gallery")
 
 
@@ -447,21 +473,29 @@ def retrain(
     resume: bool = False,
     overwrite: bool = False,
     name: str | None = None,
+    group: str | None = None,
+    prune: str | Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Train a model on a dataset's training identities, evaluate it once, write the result.
 
-    ``init``: "scratch", "imagenet" (torchvision's weights) or a file of such weights. ``test`` is another dataset to
-    evaluate on, under ``test_root`` or else under ``root``; ``protocol`` another than the tested dataset's own. ``how`` to
-    evaluate; where its views are 1, the recipe's count. ``cache``: a folder for decoded pictures.
+    ``init``: "scratch", "imagenet" (torchvision's weights), a file of such weights or one of weights that this function
+    wrote for the same model. ``test`` is another dataset to evaluate on, under ``test_root`` or else under ``root``;
+    ``protocol`` another than the tested dataset's own. ``how`` to evaluate; where its views are 1, the recipe's count.
+    ``cache``: a folder for decoded pictures.
 
-    Writes ``<out>/<test dataset>/<name>-s<seed>.json`` (the result), ``.safetensors`` (the weights) and a folder of the
-    same name (configuration, curves, checkpoint). Returns the result's path and value.
+    ``prune`` is the weights of the same model with more dimensions, that this function wrote: the training goes on from
+    them and from their classifiers, with the ``spec.head["keep"]`` dimensions whose norm over the training set is largest
+    (McDermott 2024, section 3, one step of iterative pruning). Their run's folder must still be beside them.
+
+    Writes ``<out>/<test dataset>/[<group>/]<name>-s<seed>.json`` (the result), ``.safetensors`` (the weights) and a folder
+    of the same name (configuration, curves, checkpoint). Returns the result's path and value.
     """
     name = name or spec.label + (f"-from-{folder_name(dataset)}" if test else "")
-    folder = Path(out) / folder_name(test or dataset)
+    folder = Path(out) / folder_name(test or dataset) / (group or "")
     target = folder / f"{name}-s{seed}.json"
     require(bool(re.fullmatch(r"[\w.-]+", name)), "name", name, "letters, digits, '.', '_' and '-'")
-    start = check_start(spec, recipe, init)
+    run_folder, weights = folder / f"{name}-s{seed}", target.with_suffix(".safetensors")
+    start = check_start(spec, recipe, init) if prune is None else start_of_pruning(spec, recipe, Path(prune), run_folder)
     # Names only: what the evaluation would find wrong with them is better found before the training.
     splits = data.load(dataset, root, parts=("train",) if test else data.PARTS)
     try:
@@ -482,17 +516,19 @@ def retrain(
         **start, "test": test, "protocol": protocol, "evaluation": how.to_dict(), "device": parallel.kind(device),
         "train_images": len(samples),
     }
-    weights = target.with_suffix(".safetensors")
-    run = Run(folder / f"{name}-s{seed}", config, resume=resume, overwrite=overwrite, results=(target, weights))
+    run = Run(run_folder, config, resume=resume, overwrite=overwrite, results=(target, weights))
     if run.finished:
         say(f"{target} is finished: nothing to resume")
         return target, read_json(target, "result")
     torch.manual_seed(seed)
     net = spec.build(recipe.drop_path)
-    if init != "scratch":
+    if wrote(init):
+        load_same(net, init)
+    elif init != "scratch":
         load_imagenet(net.backbone, spec.name, None if init == "imagenet" else init)
     trained, held_out = keep_out(samples, recipe.held_out, seed)
-    training = fit(net, trained, recipe, run, seed, device, workers, cache, held_out)
+    pruning = {} if prune is None else {"prepare": pruned_from(Path(prune), trained, recipe.input, device)}
+    training = fit(net, trained, recipe, run, seed, device, workers, cache, held_out, **pruning)
     net.eval()
     # Also kept with the weights: an evaluation's result is to stand beside this one. The images are all that could be
     # read, also those that the recipe holds out: how many these are differs from seed to seed.
@@ -508,6 +544,7 @@ def retrain(
             weights, net, spec, input=list(recipe.input), mean=IMAGENET_MEAN, std=IMAGENET_STD,
             resize="bilinear, antialiased", dataset=dataset, recipe=recipe.key(), seed=seed, init=start["init"], name=name,
             origin=origin, epochs=recipe.all_epochs, leaks={data.fingerprint(tested, TESTED): leaks},
+            held_out=sorted({s.identity for s in held_out}),  # who may set a threshold
         )
     try:
         result, _ = measure(net, spec, name, tested, recipe.input, device=device, how=how, protocol=rule.name)
@@ -565,8 +602,65 @@ def check_start(spec: ModelSpec, recipe: Recipe, init: str) -> dict[str, str]:
     if init == "scratch":
         return {"init": "scratch"}
     with torch.device("meta"):
-        backbone = spec.build().backbone
-    return start_of(weights_file(backbone, spec.name, None if init == "imagenet" else init), spec.name)
+        net = spec.build()
+    if wrote(init):
+        check_same(net, init)
+        return start_of(Path(init), spec.name)
+    return start_of(weights_file(net.backbone, spec.name, None if init == "imagenet" else init), spec.name)
+
+
+# ---------------------------------------------------------------------------------------- one step of pruning
+def start_of_pruning(spec: ModelSpec, recipe: Recipe, larger: Path, run_folder: Path) -> dict[str, Any]:
+    """As :func:`check_start`, for a training that goes on from a larger embedding's. Raises UserError: weights of another
+    model, or no more dimensions than are to be kept."""
+    cost.measure(spec.build, recipe.input)
+    config = run_folder / "config.json"
+    if not larger.is_file() and (run_folder / "summary.json").is_file() and config.is_file():
+        before = read_json(config, "run configuration")  # finished: what it began with may have been taken away
+        return {key: before.get(key) for key in ("init", "init_file", "init_sha256", "init_epochs")}
+    net, header = load_weights(larger)
+    theirs, wanted = ModelSpec.from_dict(header["model"]), spec.head.get("keep")
+    ours, other = (key_of([s.genotype.key() if s.genotype else s.name, s.backbone,
+                           {k: v for k, v in s.head.items() if k != "keep"}]) for s in (spec, theirs))
+    if wanted is None or ours != other:
+        raise UserError(f"{larger} are the weights of {theirs.label}; a step of pruning to {spec.label} begins with those "
+                        "of the same model with a larger keep, or with none")
+    require(wanted < net.dims, "keep", wanted, f"1 to {net.dims - 1}: {larger} has embeddings of {net.dims} dimensions")
+    before = header.get("origin", {}).get("init_epochs", 0)
+    return {"init": "pruned", "init_file": larger.name, "init_sha256": sha256_of(larger),
+            "init_epochs": before + header["epochs"]}
+
+
+def pruned_from(weights: Path, samples: Sequence[Sample], size: tuple[int, int], device: str) -> Callable[[Learner], None]:
+    """What gives a fresh learner the weights and classifiers of a larger embedding, cut to its largest dimensions."""
+
+    def prepare(learner: Learner) -> None:
+        folder = weights.with_suffix("")
+        state = Run.saved(folder)
+        if state is None:
+            raise UserError(f"{folder} holds no checkpoint, and pruning goes on with the classifiers in it; train these "
+                            "weights again")
+        larger = load_weights(weights)[0].to(device)
+        say(f"ranking {larger.dims} dimensions over {len(samples)} training images")
+        widths = list(larger.branch_dims)
+        parts = extract(_BeforeNecks(larger), samples, size, device).split(widths, dim=1)
+        chosen = [largest_columns(x, dims) for x, dims in zip(parts, learner.net.branch_dims, strict=True)]
+        learner.net.take_pruned(larger, chosen)
+        learner.criterion.take_pruned(state["criterion"], chosen)
+
+    return prepare
+
+
+class _BeforeNecks(nn.Module):
+    """A net whose output is all its branches' vectors before their necks, side by side: after a batch norm every
+    dimension has the same norm over the training set."""
+
+    def __init__(self, net: ReIDNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat(self.net.before_necks(images), dim=1)
 
 
 def measure(
@@ -593,7 +687,7 @@ def measure(
         "model": name, "genotype": spec.genotype.key() if spec.genotype else None, "dataset": tested.name,
         "edition": tested.edition or None, "fingerprint": data.fingerprint(tested, TESTED), "protocol": protocol,
         "input": list(size), "params": counted.params, "macs": counted.macs,
-        "embedding": {"dims": net.dims, "dtype": "float32", "bytes": 4 * net.dims},
+        "embedding": embedding_of(net),
         **{key: value for key, value in metrics.to_dict().items() if key not in ("total", "scored", "protocol")},
         "queries": {"total": metrics.total, "scored": metrics.scored},
         "flip": how.views > 1, **how.to_dict(), "latency_ms": parallel.from_first(lambda: cost.latency(net, size, device)),
