@@ -22,7 +22,7 @@ from autoreid.rerank import reranked_blocks
 
 __all__ = [
     "PROTOCOLS", "Protocol", "RetrievalMetrics", "find_protocol", "metrics_from_blocks", "metrics_from_distances",
-    "retrieval_metrics", "score",
+    "metrics_from_ranks", "retrieval_metrics", "score",
 ]  # fmt: skip
 
 METRICS = ("euclidean", "cosine")
@@ -113,7 +113,7 @@ def retrieval_metrics(
         [rank for part in draw for rank in ranks_of_features(query, gallery, metric, part, memory)]
         for draw in find_draws(query_tags, gallery_tags, rule)
     ]
-    return _mean_over_draws(ranks, query_tags, gallery_tags, rule, denominator, lost)
+    return metrics_from_ranks(ranks, query_tags, gallery_tags, rule, denominator, lost)
 
 
 def metrics_from_blocks(
@@ -158,7 +158,7 @@ def _from_blocks(
             f"query {q} of {query_tags.total} has {times_seen[q]} rows of distances, must have 1; give each query's "
             "distances once"
         )
-    return _mean_over_draws(ranks, query_tags, gallery_tags, rule, denominator, lost)
+    return metrics_from_ranks(ranks, query_tags, gallery_tags, rule, denominator, lost)
 
 
 def metrics_from_distances(
@@ -203,10 +203,15 @@ def _block(given: Any, start: int, queries: int, gallery: int) -> np.ndarray:
     return block
 
 
-def _mean_over_draws(
-    ranks: Sequence[Sequence[np.ndarray]], query: Tags, gallery: Tags, protocol: Protocol, denominator: str, lost: int
+def metrics_from_ranks(
+    ranks: Sequence[Sequence[np.ndarray]],
+    query: Tags,
+    gallery: Tags,
+    protocol: Protocol,
+    denominator: str = "scored",
+    lost: int = 0,
 ) -> RetrievalMetrics:
-    """The metrics from each draw's list of ascending ranks, one array per scored query."""
+    """The metrics from each draw's list of ascending ranks (``ranking.ranks_of_features``), one array per scored query."""
     if not ranks[0]:  # who has a match does not depend on the draw
         raise nothing_scored(query, gallery, protocol)
     total, scored = query.total + lost, len(ranks[0])

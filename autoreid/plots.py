@@ -53,7 +53,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
     """An empty figure, inches, on the canvas that can measure its text."""
     figure = Figure(figsize=(width, height), facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
@@ -73,7 +73,7 @@ def pareto(
     Shows names, standard deviations over seeds and units; rows marked as mixed are hollow. The cost axis is
     logarithmic where its span is above eightfold. Rows without the cost are left out.
     """
-    figure = _figure(8, 5.6, layout="constrained")
+    figure = new_figure(8, 5.6, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title or _title(table), loc="left", fontsize=12)
     labels = _draw_front(axes, table, front, cost, quality)
@@ -86,7 +86,7 @@ def pareto_all(
     table: pd.DataFrame, fronts: Mapping[str, Mask], quality: str = "mAP_mean"
 ) -> Figure:
     """One panel per cost in ``fronts`` (parameters, MACs, latency), quality shared."""
-    figure = _figure(5.6 * len(fronts), 5.4, layout="constrained")
+    figure = new_figure(5.6 * len(fronts), 5.4, layout="constrained")
     panels = figure.subplots(1, len(fronts), sharey=True, squeeze=False)[0]
     figure.suptitle(_title(table), fontsize=13)
     drawn = [_draw_front(axes, table, front, cost, quality)
@@ -101,7 +101,7 @@ def pareto_all(
 
 def costs(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Parameters against MACs of the rows of ``autoreid cost``, both axes logarithmic, every model named."""
-    figure = _figure(14, 9.5, layout="constrained")
+    figure = new_figure(14, 9.5, layout="constrained")
     axes = figure.add_subplot()
     sizes = {"x".join(map(str, row["input"])) for row in rows}
     axes.set_title("What the models cost", loc="left", fontsize=12)
@@ -305,7 +305,7 @@ ROW, COLUMN, PILL = 1.0, 2.2, 1.3  # inches between nodes down and across; width
 def genotype(genotype: Genotype, title: str | None = None) -> Figure:
     """Both cells of a genotype, the normal above the reduction one."""
     width, height = _cell_size(len(genotype.normal))
-    figure = _figure(width, 2 * height + 0.5)
+    figure = new_figure(width, 2 * height + 0.5)
     figure.suptitle(title or f"Genotype of the space {genotype.space}", fontsize=13, y=1 - 0.12 / (2 * height + 0.5))
     top = 2 * height / (2 * height + 0.5)
     cells = (("Normal cell", genotype.normal), ("Reduction cell (halves the map)", genotype.reduction))
@@ -320,7 +320,7 @@ def cell(nodes: Sequence[Node], title: str, concat: Sequence[int] | None = None)
 
     Nodes are numbered as in genotype.json: 0 and 1 are the outputs of the two previous cells.
     """
-    figure = _figure(*_cell_size(len(nodes)))
+    figure = new_figure(*_cell_size(len(nodes)))
     _draw_cell(figure.add_axes((0, 0, 1, 1)), nodes, title, concat)
     return figure
 
@@ -402,7 +402,7 @@ def alphas(frame: pd.DataFrame, title: str = "Architecture weights over the sear
     targets, sources = sorted({target for target, _ in edges}), sorted({source for _, source in edges})
     operations = list(dict.fromkeys(frame["operation"]))
     colours = dict(zip(operations, itertools.cycle(COLOURS), strict=False))
-    figure = _figure(2.5 * len(sources) + 0.6, (1.75 * len(targets) + 0.75) * len(cells) + 0.5, layout="constrained")
+    figure = new_figure(2.5 * len(sources) + 0.6, (1.75 * len(targets) + 0.75) * len(cells) + 0.5, layout="constrained")
     figure.suptitle(title, fontsize=14)
     top = frame["weight"].max() * 1.05
     blocks = figure.subfigures(len(cells), 1, squeeze=False)[:, 0]
@@ -457,7 +457,7 @@ def curves(frame: pd.DataFrame, title: str = "Training curves") -> Figure:
     names = [name for name in numeric if name != "epoch" and frame[name].notna().any()]
     across = min(3, max(1, len(names)))
     down = max(1, math.ceil(len(names) / across))
-    figure = _figure(4.2 * across + 0.3, 2.9 * down + 0.6, layout="constrained")
+    figure = new_figure(4.2 * across + 0.3, 2.9 * down + 0.6, layout="constrained")
     figure.suptitle(title, fontsize=13)
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
@@ -502,7 +502,7 @@ def draw_density(rows_by_model: Mapping[str, Mapping[str, float]], path: str | P
     """
     longest = max((list(rows) for rows in rows_by_model.values()), key=len)
     shared = all(list(rows) == longest for rows in rows_by_model.values())
-    figure = _figure(max(6.4, 0.42 * len(longest) + 1.6), 4.4, layout="constrained")
+    figure = new_figure(max(6.4, 0.42 * len(longest) + 1.6), 4.4, layout="constrained")
     axes = figure.add_subplot()
     for (model, rows), colour in zip(rows_by_model.items(), itertools.cycle(COLOURS), strict=False):
         percent = [100 * density for density in rows.values()]
@@ -532,7 +532,7 @@ def tune_history(trials: Sequence[Mapping[str, Any]], title: str = "Trials of th
 
     References carry their names; a pruned trial stands at its last report, one that failed at the foot.
     """
-    figure = _figure(9, 5, layout="constrained")
+    figure = new_figure(9, 5, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=12)
     axes.set_xlabel("trial", fontsize=10.5)
@@ -566,7 +566,7 @@ def tune_history(trials: Sequence[Mapping[str, Any]], title: str = "Trials of th
 
 def tune_importance(shares: Mapping[str, float], title: str = "What sets the best quarter of the trials apart") -> Figure:
     """A bar for each parameter, the most important one on top; shares of 1 together."""
-    figure = _figure(7, max(2.2, 0.3 * len(shares) + 1.2), layout="constrained")
+    figure = new_figure(7, max(2.2, 0.3 * len(shares) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -612,7 +612,7 @@ def ranked_lists(
     answers first. Green frame: a match; red: another identity; grey and pale: junk, which has no rank (the query's own
     camera or picture, or nobody)."""
     depth = max(len(ranked.gallery) for ranked in lists)
-    figure = _figure(1.05 * (depth + 1) + 0.6, 2.3 * len(lists) + 0.6, layout="constrained")
+    figure = new_figure(1.05 * (depth + 1) + 0.6, 2.3 * len(lists) + 0.6, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     grid = figure.subplots(len(lists), depth + 1, squeeze=False)
     for row, ranked in zip(grid, lists, strict=True):
@@ -620,19 +620,20 @@ def ranked_lists(
             axes.axis("off")
         asked = query[ranked.query]
         said = "not scored" if ranked.average_precision is None else f"AP {100 * ranked.average_precision:.0f} %"
-        _picture(row[0], asked.path, INK, 1.0, f"{name_of(asked.identity)}\n{said}")
+        framed_picture(row[0], asked.path, INK, 1.0, f"{name_of(asked.identity)}\n{said}")
         row[0].set_ylabel("/".join(Path(asked.path).parts[-2:]), fontsize=7)
         rank = 0
         for axes, i, kind, distance in zip(row[1:], ranked.gallery, ranked.kinds, ranked.distances, strict=False):
             rank += kind != "junk"
-            _picture(axes, gallery[i].path, FRAMES[kind], 0.35 if kind == "junk" else 1.0,
-                     f"{'junk' if kind == 'junk' else rank}\n{distance:.2f}")
+            framed_picture(axes, gallery[i].path, FRAMES[kind], 0.35 if kind == "junk" else 1.0,
+                           f"{'junk' if kind == 'junk' else rank}\n{distance:.2f}")
     figure.supxlabel("green: the same identity; red: another; grey: junk, which has no rank. Below a rank, the distance.",
                      fontsize=9, color="#555555")
     return figure
 
 
-def _picture(axes: Axes, path: str, colour: str, strength: float, text: str) -> None:
+def framed_picture(axes: Axes, path: str, colour: str, strength: float, text: str) -> None:
+    """The image at ``path`` in a frame of this colour, the text above it; ``strength`` 0 to 1 is how pale it is not."""
     with Image.open(path) as image:
         axes.imshow(image.convert("RGB"), alpha=strength, aspect="equal")
     axes.axis("on")
