@@ -196,7 +196,7 @@ def _in_file(folder: Path, paths: Sequence[str], size: tuple[int, int]) -> _Stor
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "a") as lock:
-            _lock(lock)  # until the block ends, or the process
+            wait_for_lock(lock)  # until the block ends, or the process
             if not _is_whole(file, header, start + math.prod(shape)):
                 _create(file, header, start + math.prod(shape))
         pixels = np.memmap(file, np.uint8, "r+", start, shape)
@@ -209,7 +209,7 @@ def _in_file(folder: Path, paths: Sequence[str], size: tuple[int, int]) -> _Stor
         ) from error
 
 
-def _lock(file: IO[str]) -> None:
+def wait_for_lock(file: IO[str]) -> None:
     """Wait until no other process has it."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX)

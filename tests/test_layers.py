@@ -12,10 +12,10 @@ LAYERS = [
     {"ops", "losses", "ranking", "rerank", "metrics", "cost", "data", "tracking",
      "averaging"},
     {"cell", "compression", "heads", "backbones", "augment", "pictures", "loading", "evaluate", "ranked", "swag"},
-    {"supernet", "network", "pretrained", "studies"},
+    {"supernet", "network", "pretrained", "studies", "runtimes"},
     {"search", "train"},
     {"tune", "sweep", "anytime", "compress", "export", "compare", "density", "index", "neighbours"},
-    {"plots", "plots_anytime", "plots_compress", "report", "nni_bridge"},
+    {"plots", "plots_anytime", "plots_compress", "plots_index", "report", "nni_bridge"},
     {"demo"},
     {"cli_parts", "cli_deploy", "cli", "__main__"},
 ]
@@ -24,7 +24,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SAME_LAYER = {("space", "genotype"), ("recipe", "runs"), ("options", "errors"), ("errors", "version"),
               ("metrics", "ranking"), ("metrics", "rerank"), ("loading", "augment"), ("loading", "pictures"),
               ("evaluate", "loading"), ("report", "plots"), ("plots_anytime", "plots"), ("plots_compress", "plots"),
-              ("__main__", "cli"),
+              ("plots_index", "plots"), ("__main__", "cli"),
               ("heads", "compression"), ("compress", "neighbours"), ("index", "neighbours"),
               ("cli_deploy", "cli_parts"), ("cli", "cli_parts"), ("cli", "cli_deploy")}
 EMPTY_WORDS = {"utils", "helpers", "common", "base", "engine", "manager", "registry"}
