@@ -12,6 +12,9 @@ McDermott, "Embedding Compression for Efficient Re-Identification" (2024), secti
 
 :class:`Stored` with ``int8`` quantises what comes after: uniform, symmetric, one scale for all dimensions ("vanilla
 uniform quantization", section 3). k bytes of an embedding and 4 bytes of scale for the whole gallery are stored.
+
+:class:`PCA` and :class:`ProductQuantiser` are references that need no training: they are fitted to the embeddings that a
+trained net gives its training images.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from autoreid.errors import UserError, unknown
 
 LEVELS = 127  # codes from -127 to 127: symmetric, so that a distance of codes is a distance of values
 LEAST = 1e-12  # of a scale
+CENTROIDS = 256  # of a product quantiser: a byte names one
 OBSERVED = 0.1  # a new batch's share in the running maximum, as in a batch norm
 
 
@@ -183,3 +187,88 @@ class Stored(nn.Module):
         before = self.metric(torch.cat([b.metric for b in branches], dim=1)).split(widths, dim=1)
         alike = [b.classified is b.metric for b in branches]
         return [Branch(x, x if same else y) for x, y, same in zip(before, after, alike, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------- without training
+class PCA(NamedTuple):
+    """The principal components of training embeddings: (x - mean) @ axes, N x D -> N x k. Distances within the k axes are
+    kept; no whitening."""
+
+    mean: Tensor  # D
+    axes: Tensor  # D x k, orthonormal
+
+    @classmethod
+    def fit(cls, features: Tensor, dims: int) -> PCA:
+        """To N x D training embeddings. Raises UserError: fewer embeddings than would span ``dims`` axes."""
+        if not 1 <= dims <= min(features.shape[1], len(features) - 1):
+            raise UserError(f"PCA to {dims} dimensions: {len(features)} training embeddings of {features.shape[1]} span at "
+                            f"most {min(features.shape[1], len(features) - 1)}; give fewer --dims")
+        wide = features.double()
+        mean = wide.mean(0)
+        _, axes = torch.linalg.eigh((wide - mean).T @ (wide - mean))  # ascending
+        return cls(mean.float(), axes.flip(1)[:, :dims].float())
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean.to(features.device)) @ self.axes.to(features.device)
+
+
+class ProductQuantiser:
+    """A byte per part of the vector: the number of the nearest of its 256 centroids (Jegou et al., "Product Quantization
+    for Nearest Neighbor Search", TPAMI 2011). ``codebooks``: of each part 256 x width, the widths differ by one at most.
+
+    The gallery alone is coded: a query is compared with what the codes stand for (their asymmetric distance).
+    """
+
+    def __init__(self, codebooks: Sequence[Tensor]) -> None:
+        self.codebooks = list(codebooks)
+        self.widths = [book.shape[1] for book in self.codebooks]
+
+    @classmethod
+    def fit(cls, features: Tensor, parts: int, seed: int = 0, rounds: int = 25) -> ProductQuantiser:
+        """By k-means (Lloyd) from random training embeddings N x D. Raises UserError: more parts than dimensions."""
+        if not 1 <= parts <= features.shape[1]:
+            raise UserError(f"a product quantiser of {parts} bytes: the embeddings have {features.shape[1]} dimensions; "
+                            f"allowed: 1 to {features.shape[1]}")
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        features = features.float().cpu()[order]
+        return cls([kmeans(part, min(CENTROIDS, len(features)), rounds)
+                    for part in features.tensor_split(parts, dim=1)])
+
+    @property
+    def shared_bytes(self) -> int:
+        return sum(4 * book.numel() for book in self.codebooks)
+
+    def codes(self, features: Tensor) -> Tensor:
+        """N x parts uint8."""
+        parts = features.float().cpu().split(self.widths, dim=1)
+        found = [_nearest(part, book) for part, book in zip(parts, self.codebooks, strict=True)]
+        return torch.stack(found, dim=1).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """N x D float32: the centroids that the codes name."""
+        return torch.cat([book[codes[:, i].long()] for i, book in enumerate(self.codebooks)], dim=1)
+
+
+def kmeans(points: Tensor, count: int, rounds: int) -> Tensor:
+    """``count`` x width centroids of N x width points, from the first points on; N is at least ``count``. A centroid that
+    has no point left takes the point that lies farthest from its own."""
+    centroids = points[:count].clone()
+    for _ in range(rounds):
+        nearest = _nearest(points, centroids)
+        sizes = torch.bincount(nearest, minlength=count)
+        sums = torch.zeros_like(centroids).index_add_(0, nearest, points)
+        empty = sizes == 0
+        if empty.any():
+            far = (points - centroids[nearest]).square().sum(1).argsort(descending=True, stable=True)[: int(empty.sum())]
+            sums[empty], sizes[empty] = points[far], 1
+        updated = sums / sizes[:, None]
+        if torch.equal(updated, centroids):
+            break
+        centroids = updated
+    return centroids
+
+
+def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """Of every point the number of the nearest centroid, the first of equal ones."""
+    half = centroids.square().sum(1) / 2
+    return torch.cat([(half - part @ centroids.T).argmin(1) for part in points.split(8192)])

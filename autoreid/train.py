@@ -527,7 +527,7 @@ def retrain(
     elif init != "scratch":
         load_imagenet(net.backbone, spec.name, None if init == "imagenet" else init)
     trained, held_out = keep_out(samples, recipe.held_out, seed)
-    pruning = {} if prune is None else {"prepare": pruned_from(Path(prune), trained, recipe.input, device)}
+    pruning: dict[str, Any] = {} if prune is None else {"prepare": pruned_from(Path(prune), trained, recipe.input, device)}
     training = fit(net, trained, recipe, run, seed, device, workers, cache, held_out, **pruning)
     net.eval()
     # Also kept with the weights: an evaluation's result is to stand beside this one. The images are all that could be
@@ -652,8 +652,8 @@ def pruned_from(weights: Path, samples: Sequence[Sample], size: tuple[int, int],
 
 
 class _BeforeNecks(nn.Module):
-    """A net whose output is all its branches' vectors before their necks, side by side: after a batch norm every
-    dimension has the same norm over the training set."""
+    """A net whose output is all its branches' vectors before their necks, side by side: after a batch norm the norm of a
+    dimension over the training set is that of its learned weight, whatever the features are."""
 
     def __init__(self, net: ReIDNet) -> None:
         super().__init__()

@@ -122,9 +122,9 @@ def test_matching_width_is_the_nearest(tmp_path):
     ("resnet81", {}, "unknown model 'resnet81'; did you mean 'resnet18'? known: "
      + ", ".join(sorted([*known_models(), "PATH/genotype.json"]))),
     ("resnet18", {"widht": "3"}, "unknown option of resnet18 'widht'; did you mean 'width'? known: dropout, "
-     "embedding_dim, fc, head, last_stride, neck, pooling, stem, width"),
+     "embedding_dim, fc, head, int8, keep, last_stride, neck, pooling, rank, slice, stem, width"),
     ("resnet18", {"head": "exits", "fc": "linear"}, "unknown option of resnet18 'fc'; known: dropout, embedding_dim, "
-     "head, hidden, last_stride, neck, pooling, stem, width"),
+     "head, hidden, int8, keep, last_stride, neck, pooling, rank, slice, stem, width"),
     ("ha-cnn", {"head": "exits"}, "head=exits: ha-cnn has the head streams alone; its image regions would be built for "
      "nothing"),
     ("resnet18", {"head": "exit"}, "unknown head 'exit'; did you mean 'exits'? known: exits, pooled, streams"),

@@ -271,7 +271,7 @@ def test_the_peak_memory_of_one_training_is_not_that_of_a_larger_one_before_it()
     large = np.ones(40_000_000)
     peak = runs.peak_memory_bytes()
     del large
-    sweep._forget_peak_memory("cpu")
+    sweep.forget_peak_memory()
     assert runs.peak_memory_bytes() < peak - 200e6
 
 
