@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoreid import data, parallel
-from autoreid.compression import PCA, ProductQuantiser, bytes_of
+from autoreid.compression import PCA, ProductQuantiser, bytes_of, check_axes
 from autoreid.errors import UserError, unknown
 from autoreid.evaluate import Evaluation, extract
 from autoreid.neighbours import dequantise, import_faiss, measure_search, quantise, scale_of
@@ -134,6 +134,8 @@ def train(
     parts = 2 if spec.head.get("head") == "streams" else 1
     sizes = default_sizes(dims, parts) if sizes is None else sizes
     jobs = jobs_of(spec, methods, sizes, int8)
+    if "pca" in methods:  # before anything is trained
+        check_axes(max(sizes, default=1), dims, len(data.load(dataset, options.get("root"), parts=("train",)).train))
     folder = Path(out) / folder_name(dataset) / group_of(spec)
     overwrite, init = options.pop("overwrite", False), options.pop("init", "scratch")
     for number, job in enumerate(jobs, 1):

@@ -200,9 +200,7 @@ class PCA(NamedTuple):
     @classmethod
     def fit(cls, features: Tensor, dims: int) -> PCA:
         """To N x D training embeddings. Raises UserError: fewer embeddings than would span ``dims`` axes."""
-        if not 1 <= dims <= min(features.shape[1], len(features) - 1):
-            raise UserError(f"PCA to {dims} dimensions: {len(features)} training embeddings of {features.shape[1]} span at "
-                            f"most {min(features.shape[1], len(features) - 1)}; give fewer --dims")
+        check_axes(dims, features.shape[1], len(features))
         wide = features.double()
         mean = wide.mean(0)
         _, axes = torch.linalg.eigh((wide - mean).T @ (wide - mean))  # ascending
@@ -210,6 +208,14 @@ class PCA(NamedTuple):
 
     def __call__(self, features: Tensor) -> Tensor:
         return (features - self.mean.to(features.device)) @ self.axes.to(features.device)
+
+
+def check_axes(dims: int, full: int, count: int) -> None:
+    """Raises UserError where ``count`` embeddings of ``full`` dimensions do not span ``dims`` axes."""
+    most = min(full, count - 1)
+    if not 1 <= dims <= most:
+        raise UserError(f"PCA to {dims} dimensions: {count} training embeddings of {full} span at most {most}; give fewer "
+                        "--dims, or leave pca out of --methods")
 
 
 class ProductQuantiser:

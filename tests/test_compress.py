@@ -48,6 +48,17 @@ def trained(market, tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------------------- what is asked
+def test_more_axes_than_training_images_span_are_found_before_a_training(market, tmp_path, capsys):
+    count = len(data.load("market", str(market), parts=("train",)).train)
+    asked = ["compress", "resnet18", "--dataset", "market", "--root", str(market), "--methods", "pca", "--dims", "120",
+             "--recipe", "drawn", "--set", "width=16", "--set", "stem=3", "--out", str(tmp_path)]
+    assert count <= 120 and main(asked) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"autoreid: PCA to 120 dimensions: {count} training embeddings of 128 span at most {count - 1}; give fewer --dims, "
+        "or leave pca out of --methods"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_default_sizes_are_the_papers_in_proportion():
     assert compress.default_sizes(768) == [576, 480, 384, 192, 64, 32]
     assert compress.default_sizes(48) == [36, 30, 24, 12, 4, 2]
