@@ -3,7 +3,8 @@
 The file is safetensors. Tensors: ``features`` N x D (float32, float16, or int8 codes), ``digests`` N x 16 (BLAKE2b of the
 pictures' bytes), ``entries`` (UTF-8 JSON: ``identities`` and ``paths``, each of length N). The metadata hold one JSON value
 under the key ``autoreid``: format, version, an id, the edition (a number that grows with every change), the weights that
-made it (SHA-256, label, where they lay), input size, dims, dtype, the scale of int8, the threshold.
+made it (SHA-256, label, where they lay), input size, dims, dtype, the scale of int8, the threshold. The id is another in
+every edition: copies of one file may go different ways.
 
 It is rewritten whole under a lock: a crash leaves the edition before, and of two processes that add at once the second
 adds to what the first has written. Pictures under the index's own folder are kept by relative paths.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -103,7 +105,9 @@ def pictures_of(folder: str | Path) -> tuple[list[Picture], list[str]]:
         if all(match for _, match in names):
             pictures = [Picture(str(at / file), match[1], int(match[2])) for file, match in names if match]
         else:
-            pictures = [Picture(str(at / file), Path(file).stem) for file in flat]
+            stems = [Path(file).stem for file in flat]
+            alone = len(set(stems)) == len(stems)  # else a.jpg and a.png would be one
+            pictures = [Picture(str(at / file), stem if alone else file) for file, stem in zip(flat, stems, strict=True)]
             lines.append(f"{len(flat)} pictures without a folder per identity: each is an identity of its own, named by "
                          "its file")
     else:
@@ -186,40 +190,31 @@ class Threshold:
     identities: int = 0
 
 
-def threshold_of(features: Any, identities: Sequence[Any], cameras: Sequence[int], rate: float) -> Threshold:
+def threshold_of(
+    features: Any, identities: Sequence[Any], cameras: Sequence[int], rate: float, scale: float | None = None
+) -> Threshold:
     """The distance at which the false-match rate is ``rate``, from all pairs of labelled pictures: of two cameras where
-    there are two or more, else all.
+    there are two or more, else all. ``features``: N x D, or int8 codes and their ``scale``.
 
     With n = floor(rate x impostor pairs), it is the largest impostor distance below the (n + 1)-th smallest: at most n
-    match, and none that lies as near as one too many. Raises UserError: a rate that is not between 0 and 1, no genuine
-    pair, fewer than 10 / rate impostor pairs (a rate measured by fewer than ten false matches says little).
+    match, and none that lies as near as one too many. Distances are those of a search: single precision, and of codes
+    from whole numbers, so that equal ones stay equal. Raises UserError: as :func:`require_pairs`.
     """
-    if not 0 < rate < 1:
-        raise UserError(f"a false-match rate of {rate}: allowed is above 0 and below 1, as in 0.001")
+    across, genuine, impostors = require_pairs(identities, cameras, rate)
     x = torch.as_tensor(np.asarray(features)).double()
     number: dict[Any, int] = {}
     who = torch.tensor([number.setdefault(name, len(number)) for name in identities])
     seen = torch.tensor(list(cameras))
-    across = len(set(seen.tolist())) > 1
-    genuine, impostors = _count_pairs(who.tolist(), seen.tolist() if across else list(range(len(who))))
-    if not genuine:
-        raise UserError(
-            f"of {len(number)} validation identities none has two pictures{' by two cameras' if across else ''}: there is "
-            "no genuine pair; give more pictures of each"
-        )
-    if rate * impostors < ENOUGH:
-        least = f"{ENOUGH / impostors:.2g} or more" if impostors > ENOUGH else "a higher one"
-        raise UserError(
-            f"a false-match rate of {rate:g} needs at least {ENOUGH / rate:,.0f} impostor pairs and the {len(who):,} "
-            f"validation pictures make {impostors:,}: ask for {least}, or give more identities"
-        )
     wanted = int(rate * impostors + 1e-9) + 1
-    centred = x - x.mean(0)
+    centred = x - x.mean(0) if scale is None else x  # products of codes are exact as they are
     squares = centred.square().sum(1)
     nearest, own = np.empty(0), []
     for start in range(0, len(x), 256):
         rows = slice(start, start + 256)
-        squared = torch.addmm(squares[start:], centred[rows], centred[start:].T, alpha=-2) + squares[rows, None]
+        lengths = squares[rows, None] + squares[start:]
+        squared = torch.addmm(lengths, centred[rows], centred[start:].T, alpha=-2)
+        if scale is None:
+            squared[squared < 1e-13 * lengths] = 0  # the same picture twice: rounding would order them
         later = torch.arange(start, len(x)) > torch.arange(start, start + len(squared))[:, None]
         if across:
             later &= seen[rows, None] != seen[start:]
@@ -228,17 +223,47 @@ def threshold_of(features: Any, identities: Sequence[Any], cameras: Sequence[int
         nearest = np.concatenate([nearest, squared[later & ~same].numpy()])
         if len(nearest) > wanted:
             nearest = np.partition(nearest, wanted - 1)[:wanted]
-    distances, own_distances = (np.sqrt(np.maximum(part, 0)) for part in (nearest, np.concatenate(own)))
+    distances, own_distances = (((scale or 1) * np.sqrt(np.maximum(part, 0))).astype(np.float32)
+                                for part in (nearest, np.concatenate(own)))
     over = distances.max()
     below = distances[distances < over]
-    limit = float(below.max() if len(below) else np.nextafter(over, -np.inf))
+    limit = float(below.max() if len(below) else np.nextafter(over, np.float32(-np.inf)))
     return Threshold(
         limit, rate, float((distances <= limit).sum() / impostors), float((own_distances > limit).mean()), genuine,
         impostors, across, identities=len(number),
     )
 
 
-def _count_pairs(identities: Sequence[int], cameras: Sequence[int]) -> tuple[int, int]:
+def require_pairs(identities: Sequence[Any], cameras: Sequence[int], rate: float) -> tuple[bool, int, int]:
+    """Are pairs taken across cameras, and how many genuine and impostor pairs there are. Raises UserError: a rate that is
+    not between 0 and 1, no genuine pair, fewer than 10 / rate impostor pairs (a rate measured by fewer than ten false
+    matches says little)."""
+    if not 0 < rate < 1:
+        raise UserError(f"a false-match rate of {rate}: allowed is above 0 and below 1, as in 0.001")
+    across = len(set(cameras)) > 1
+    genuine, impostors = _count_pairs(identities, cameras if across else range(len(identities)))
+    if not genuine:
+        where = " by two cameras" if across else ""
+        raise UserError(
+            f"of {len(set(identities))} validation identities none has two pictures{where}: there is no "
+            "genuine pair; give more pictures of each"
+        )
+    if rate * impostors < ENOUGH:
+        least = f"{_rounded_up(ENOUGH / impostors):g} or more" if impostors > ENOUGH else "a higher one"
+        raise UserError(
+            f"a false-match rate of {rate:g} needs at least {ENOUGH / rate:,.0f} impostor pairs and the "
+            f"{len(identities):,} validation pictures make {impostors:,}: ask for {least}, or give more identities"
+        )
+    return across, genuine, impostors
+
+
+def _rounded_up(rate: float) -> float:
+    """To two digits."""
+    unit = 10.0 ** (math.floor(math.log10(rate)) - 1)
+    return math.ceil(rate / unit * (1 - 1e-12)) * unit
+
+
+def _count_pairs(identities: Sequence[Any], cameras: Sequence[int]) -> tuple[int, int]:
     """(genuine, impostor) pairs of two different cameras."""
     def pairs(counts: Iterable[int]) -> int:
         return sum(n * (n - 1) // 2 for n in counts)
@@ -265,20 +290,32 @@ def validation_pictures(name: str, root: str | None, extractor: Extractor) -> tu
     splits = data.load(name, root, parts=("train",))
     ours, theirs = (set(data.split(dataset)) for dataset in (splits.name, origin["trained_on"]))
     samples: Sequence[Sample] = splits.train
-    if ours & theirs:
+    known = bool({*map(_people, ours)} & {*map(_people, theirs)})
+    if known:
         held_out = set(extractor.header.get("held_out") or ())
         cure = ("retrain with --set held_out=0.1, which keeps a tenth of the identities out, or give a folder of other "
                 "people, DIR/<identity>/*.jpg")
         if not held_out:
-            raise UserError(f"--validation {name}: the weights were trained on all its training identities; {cure}")
+            raise UserError(f"--validation {name}: the weights were trained on all its training identities; {cure}"
+                            if ours & theirs else f"--validation {name} shows people of {origin['trained_on']}, which the "
+                            f"weights were trained on; {cure}")
         if ours != theirs or origin.get("train_fingerprint") != data.fingerprint(splits, ("train",)):
             raise UserError(
                 f"--validation {name}: the weights were trained on {origin['trained_on']} as it lay then, and these are "
                 f"other lists of images, so who was held out cannot be told; give the same data (--root), or {cure}"
             )
         samples = [sample for sample in splits.train if sample.identity in held_out]
-    said = f"{splits.name}, {'held-out ' if ours & theirs else ''}training identities"
+    said = f"{splits.name}, {'held-out ' if known else ''}training identities"
+    if origin.get("init") == "file":
+        said += f" (the training began with {origin.get('init_file')}, and whom that has seen is not known)"
     return [Picture(s.path, splits.name_of(s.identity), s.camera) for s in samples if not s.frames], said
+
+
+def _people(name: str) -> str:
+    """Whose people a dataset shows: variants share them, as do Market-1501 and MARS, and drawn ones of all sizes."""
+    base = name.partition("/")[0]
+    drawn = data.DATASETS[base].drawn
+    return f"drawn {drawn[0]}" if drawn else {"market+500k": "market", "mars": "market"}.get(base, base)
 
 
 # ---------------------------------------------------------------------------------------- the index
@@ -324,9 +361,11 @@ class Index:
     @classmethod
     def open(cls, path: str | Path, weights: str | Path | None = None, device: str = "cpu") -> Index:
         """The index in a file. ``weights``: those that made it, where they no longer lie where they lay. Raises UserError:
-        no file, no index, a newer format."""
+        no file, no index, a newer format, other weights."""
         index = cls(path, {"dims": 0, "dtype": "float32"}, weights, device)
         index._read()
+        if weights is not None:
+            index._own_weights()
         return index
 
     @classmethod
@@ -334,12 +373,14 @@ class Index:
         cls, path: str | Path, weights: str | Path, dtype: str = "float32", device: str = "cpu", overwrite: bool = False
     ) -> Index:
         """An empty index by these weights; the file is written by the first :meth:`add`. Raises UserError: a file is there
-        already (without ``overwrite``), an unknown dtype, no weights."""
+        already (without ``overwrite``), or is the weights' own; an unknown dtype; no weights."""
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         if Path(path).exists() and not overwrite:
             raise UserError(f"{path} is there already: --add adds to it, --overwrite makes it anew")
         extractor = Extractor(weights, device)
+        if Path(path).exists() and os.path.samefile(path, weights):
+            raise UserError(f"{path} is the file of the weights: give another name for the index")
         index = cls(path, {
             "format": "autoreid-index", "version": 1, "id": uuid.uuid4().hex, "edition": 0, "weights": extractor.about,
             "input": list(extractor.size), "dims": extractor.net.dims, "dtype": dtype, "scale": None, "threshold": None,
@@ -348,6 +389,8 @@ class Index:
         return index
 
     def _read(self) -> None:
+        if self.path.is_dir():
+            raise UserError(f"{self.path} is a folder: give the file that `autoreid index` wrote")
         if not self.path.is_file():
             raise UserError(f"no index at {self.path}: `autoreid index DIR --weights W --out {self.path}` makes one")
         try:
@@ -359,7 +402,8 @@ class Index:
                     raise UserError(f"{self.path} was written by a newer autoreid (version {header['version']}); update it")
                 tensors = {name: file.get_tensor(name) for name in ("features", "digests", "entries")}
         except SafetensorError as fault:
-            raise UserError(f"{self.path} is damaged or no index ({fault}); make it anew with --overwrite") from None
+            raise UserError(f"{self.path} is damaged or no index ({fault}): `autoreid index DIR --weights W --out INDEX` "
+                            "makes one") from None
         entries = json.loads(tensors["entries"].numpy().tobytes())
         self.header, self.features, self.digests = header, tensors["features"], tensors["digests"]
         self.identities, self._paths = entries["identities"], entries["paths"]
@@ -381,9 +425,9 @@ class Index:
             self._write()
 
     def _write(self) -> None:
-        for left in self.path.parent.glob(f".{self.path.name}.????????"):  # of a process that was killed while it wrote
+        for left in self._beside(re.escape(f".{self.path.name}.") + "[a-z0-9_]{8}"):  # of one killed as it wrote
             left.unlink(missing_ok=True)
-        header = {**self.header, "edition": self.header["edition"] + 1, "command": command()}
+        header = {**self.header, "id": uuid.uuid4().hex, "edition": self.header["edition"] + 1, "command": command()}
         entries = json.dumps({"identities": self.identities, "paths": self._paths}).encode()
         tensors = {"features": self.features.contiguous(), "digests": self.digests.contiguous(),
                    "entries": torch.frombuffer(bytearray(entries), dtype=torch.uint8)}
@@ -397,15 +441,17 @@ class Index:
     def extractor(self) -> Extractor:
         """The network that made the index. Raises UserError: it is not where it was, or these are other weights."""
         if self._extractor is None:
-            hint = self.header["weights"]["path"]
-            weights = self._weights or hint
-            if not Path(weights).is_file():
-                moved = "" if self._weights else f", where {self.path} says they were: give --weights FILE"
-                raise UserError(f"no weights at {weights}{moved}")
-            if (found := sha256_of(weights)) != self.header["weights"]["sha256"]:
-                raise self._others(weights, found)
-            self._extractor = Extractor(weights, self._device)
+            self._extractor = Extractor(self._own_weights(), self._device)
         return self._extractor
+
+    def _own_weights(self) -> str | Path:
+        weights = self._weights or self.header["weights"]["path"]
+        if not Path(weights).is_file():
+            moved = "" if self._weights else f", where {self.path} says they were: give --weights FILE"
+            raise UserError(f"no weights at {weights}{moved}")
+        if (found := sha256_of(weights)) != self.header["weights"]["sha256"]:
+            raise self._others(weights, found)
+        return weights
 
     def _others(self, weights: str | Path, found: str) -> UserError:
         about = self.header["weights"]
@@ -422,7 +468,8 @@ class Index:
     @property
     def paths(self) -> list[str]:
         """Of the pictures, absolute."""
-        return [str(self.path.absolute().parent / path) for path in self._paths]
+        own = self._own_folder()
+        return [os.path.join(own, path) for path in self._paths]
 
     @property
     def threshold(self) -> Threshold | None:
@@ -434,8 +481,11 @@ class Index:
         return {"index": str(self.path), "pictures": len(self), "identities": len(set(self.identities)),
                 **{key: self.header[key] for key in keys}, "bytes": self.path.stat().st_size if self.path.exists() else 0}
 
+    def _own_folder(self) -> Path:
+        return Path(os.path.abspath(self.path)).parent  # without "..", as the paths of pictures
+
     def _stored_path(self, path: str) -> str:
-        own = self.path.absolute().parent
+        own = self._own_folder()
         absolute = Path(os.path.abspath(path))
         return absolute.relative_to(own).as_posix() if absolute.is_relative_to(own) else str(absolute)
 
@@ -507,8 +557,11 @@ class Index:
             place = {path: i for i, path in enumerate(self._paths)}
             stored, keys = self.stored(features), [self._stored_path(picture.path) for picture, _ in entries]
             new = {key: i for i, key in enumerate(keys) if key not in place}  # of one path twice the last
-            old = {place[key]: i for i, key in enumerate(keys) if key in place}
+            there_already = self._present()  # by another process
+            old = {place[key]: i for i, key in enumerate(keys) if key in place
+                   and (key, entries[i][1], entries[i][0].identity) not in there_already}
             digests = torch.tensor([list(digest) for _, digest in entries], dtype=torch.uint8)
+            change.present += sum(key in place and place[key] not in old for key in keys)
             if old:
                 there, own = list(old), list(old.values())
                 self.features, self.digests = self.features.clone(), self.digests.clone()
@@ -541,21 +594,29 @@ class Index:
             self.identities, self._paths = ([values[i] for i in keep] for values in (self.identities, self._paths))
         return removed
 
+    def validation(self, name: str, root: str | None = None, rate: float = 1e-3) -> tuple[list[Picture], str]:
+        """What :meth:`calibrate` would take, and what to call it: to be asked before long work. Raises UserError as
+        :func:`validation_pictures` and :func:`require_pairs`."""
+        pictures, source = validation_pictures(name, root, self.extractor())
+        if not pictures:
+            raise UserError(f"--validation {name}: there are no labelled pictures")
+        require_pairs([picture.identity for picture in pictures], [picture.camera for picture in pictures], rate)
+        return pictures, source
+
     def calibrate(self, name: str, root: str | None = None, rate: float = 1e-3) -> Threshold:
         """Measure and keep the threshold by which pictures match: see :func:`validation_pictures` and
         :func:`threshold_of`. In the form that the index stores."""
         extractor = self.extractor()
-        pictures, source = validation_pictures(name, root, extractor)
-        if not pictures:
-            raise UserError(f"--validation {name}: there are no labelled pictures")
+        pictures, source = self.validation(name, root, rate)
         features, kept, unreadable = extractor.embed([picture.path for picture in pictures])
         for path in unreadable:
             say(f"left out, as it cannot be read: {path}")
         chosen = [pictures[i] for i in kept]
         if self.header["dtype"] == "int8" and self.header["scale"] is None:
             raise UserError(f"{self.path} is empty and its int8 scale not known: add pictures first")
-        found = threshold_of(self.floats(self.stored(features)), [p.identity for p in chosen],
-                             [p.camera for p in chosen], rate)
+        stored = self.stored(features)
+        found = threshold_of(stored if stored.dtype is torch.int8 else stored.float(), [p.identity for p in chosen],
+                             [p.camera for p in chosen], rate, self.header["scale"])
         threshold = Threshold(**{**asdict(found), "source": source})
         with self._newest():
             self.header["threshold"] = asdict(threshold)
@@ -569,7 +630,7 @@ class Index:
         identities. A query is a picture's path, or a row of features N x D.
 
         ``engine``: "exact"; "hnsw", a graph by faiss (approximate) that is made on first use and kept beside the index; or
-        "auto": the graph where there is one of this edition, the gallery is large and the queries are few.
+        "auto": the graph where there is one of this edition, the gallery is large, and queries and answers are few.
         """
         if by not in ("image", "identity"):
             raise unknown("by", by, ("image", "identity"))
@@ -580,7 +641,7 @@ class Index:
         features = query.float() if isinstance(query, Tensor) else self._embedded(query)
         if features.shape[1] != self.header["dims"]:
             raise UserError(f"the query has {features.shape[1]} dims, {self.path} has {self.header['dims']}")
-        gallery, depth = self._engine(engine, len(features)), min(top, len(self))
+        gallery, depth = self._engine(engine, len(features), top), min(top, len(self))
         while True:
             found = gallery.search(features, depth)
             if (found.indices < 0).any():  # a graph that was searched to its end
@@ -619,7 +680,7 @@ class Index:
         vectors = self.floats(self.features[torch.from_numpy(indices)]).double()
         lengths = vectors.norm(dim=1) * query.double().norm()
         cosines = torch.where(lengths > 0, vectors @ query.double() / lengths.clamp(min=1e-300), 0).tolist()
-        limit, own = self.threshold, self.path.absolute().parent
+        limit, own = self.threshold, self._own_folder()
         return [
             Match(rank, self.identities[i], str(own / self._paths[i]), float(distance), cosine,
                   None if limit is None else bool(distance <= limit.distance))
@@ -627,7 +688,7 @@ class Index:
         ]
 
     # ------------------------------------------------------------------------------------ by which means
-    def chosen_engine(self, engine: str, queries: int) -> str:
+    def chosen_engine(self, engine: str, queries: int, top: int = 1) -> str:
         """What "auto" stands for. Raises UserError: an unknown engine, a graph of an int8 index."""
         if engine not in ENGINES:
             raise unknown("engine", engine, ENGINES)
@@ -636,11 +697,13 @@ class Index:
                             "index of --dtype float32 or float16")
         if engine != "auto":
             return engine
-        few_of_many = len(self) >= HNSW_FROM and queries <= HNSW_QUERIES and self.header["dtype"] != "int8"
-        return "hnsw" if few_of_many and (self._graph is not None or self._graph_path().exists()) else "exact"
+        few_of_many = len(self) >= HNSW_FROM and queries <= HNSW_QUERIES and top <= GRAPH_DEPTH
+        if not few_of_many or self.header["dtype"] == "int8":
+            return "exact"
+        return "hnsw" if self._graph is not None or self._graph_path().exists() else "exact"
 
-    def _engine(self, engine: str, queries: int) -> Gallery:
-        return self._hnsw() if self.chosen_engine(engine, queries) == "hnsw" else self._exact()
+    def _engine(self, engine: str, queries: int, top: int) -> Gallery:
+        return self._hnsw() if self.chosen_engine(engine, queries, top) == "hnsw" else self._exact()
 
     def _exact(self) -> Gallery:
         if self._gallery is None:
@@ -649,11 +712,14 @@ class Index:
         return self._gallery
 
     def _graph_path(self) -> Path:
-        """The graph of this very edition of this very index."""
+        """The graph of this very edition: the id tells it from one that a copy of the file came to."""
         return self.path.with_name(f"{self.path.name}.{self.header['id'][:8]}-{self.header['edition']}.hnsw")
 
     def _graphs(self) -> list[Path]:
-        return list(self.path.parent.glob(f"{self.path.name}.????????-*.hnsw"))
+        return self._beside(re.escape(f"{self.path.name}.") + r"[0-9a-f]{8}-\d+\.hnsw")
+
+    def _beside(self, name: str) -> list[Path]:
+        return [path for path in self.path.parent.iterdir() if re.fullmatch(name, path.name)]
 
     def _hnsw(self) -> FaissGallery:
         if self._graph is None:

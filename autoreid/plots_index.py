@@ -18,6 +18,7 @@ from autoreid.pictures import UNREADABLE
 from autoreid.plots import FRAMES, GREY, INK, new_figure
 
 HEIGHT = 192  # pixels of a thumbnail
+ANSWERS, QUERIES = 20, 10  # drawn in one picture; the page has all
 COLOURS = {True: FRAMES["match"], False: GREY, None: INK}
 READING = {True: "green: within the threshold, a match; grey: beyond it", False: "the index has no threshold"}
 
@@ -37,9 +38,12 @@ def thumbnail(path: str) -> Image.Image | None:
 
 def answers(found: Answers, title: str, has_threshold: bool) -> Figure:
     """A row per query: its picture, then what the gallery answers first, with identity, distance and cosine."""
-    depth = max(len(query["matches"]) for query in found)
+    queries, deepest = len(found), max(len(query["matches"]) for query in found)
+    found, depth = found[:QUERIES], min(deepest, ANSWERS)
+    left = [f"the first {shown} of {count} {noun}" for shown, count, noun in
+            ((len(found), queries, "queries"), (depth, deepest, "answers")) if shown < count]
     figure = new_figure(1.15 * (depth + 1) + 0.6, 2.5 * len(found) + 0.6, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.suptitle(_legible(title), x=0.01, ha="left", fontsize=12, parse_math=False)
     for row, query in zip(figure.subplots(len(found), depth + 1, squeeze=False), found, strict=True):
         for axes in row:
             axes.axis("off")
@@ -47,9 +51,14 @@ def answers(found: Answers, title: str, has_threshold: bool) -> Figure:
         for axes, match in zip(row[1:], query["matches"], strict=False):
             _draw(axes, match["path"], COLOURS[match["match"]], f"{match['rank']}  {_short(match['identity'])}\n"
                   f"{match['distance']:.3f}  cos {match['cosine']:.2f}")
-    figure.supxlabel(f"above each picture: rank, identity, distance, cosine; {READING[has_threshold]}", fontsize=9,
-                     color="#555555")
+    notes = ["above each picture: rank, identity, distance, cosine", READING[has_threshold], *left]
+    figure.supxlabel("; ".join(notes), fontsize=9, color="#555555")
     return figure
+
+
+def _legible(text: str) -> str:
+    """File names may hold bytes that are no text."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _short(name: str, most: int = 14) -> str:
@@ -66,7 +75,7 @@ def _draw(axes: Axes, path: str, colour: str, text: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set(color=colour, linewidth=3)
-    axes.set_title(text, fontsize=7.5, pad=3)
+    axes.set_title(_legible(text), fontsize=7.5, pad=3, parse_math=False)  # a $ in a name is no formula
 
 
 PAGE = Template("""<!DOCTYPE html>
@@ -103,7 +112,8 @@ def page(found: Answers, title: str, notes: Sequence[str]) -> str:
             cells.append(_cell(match["path"], COLOURS[match["match"]], f"{match['rank']}. {match['identity']}",
                                f"distance {match['distance']:.4f}, cosine {match['cosine']:.4f}", said))
         rows.append(f"<h2>{escape(query['image'])}</h2>\n<div class=\"row\">\n" + "\n".join(cells) + "\n</div>")
-    return PAGE.substitute(title=escape(title), notes="<br>".join(map(escape, notes)), rows="\n".join(rows), height=HEIGHT)
+    text = PAGE.substitute(title=escape(title), notes="<br>".join(map(escape, notes)), rows="\n".join(rows), height=HEIGHT)
+    return _legible(text)
 
 
 def _cell(path: str, colour: str, *lines: str) -> str:

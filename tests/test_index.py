@@ -16,13 +16,14 @@ import reference_neighbours as slow
 import torch
 from PIL import Image
 
-from autoreid import data, index
+from autoreid import data, index, plots_index
 from autoreid.cli import build_parser, main
 from autoreid.errors import UserError
 from autoreid.evaluate import extract
 from autoreid.index import Index, Picture, Threshold, pictures_of, threshold_of, validation_pictures
-from autoreid.neighbours import nearest
+from autoreid.neighbours import FloatGallery, Int8Gallery, nearest
 from autoreid.network import find_model, load_weights, save_weights
+from autoreid.plots import png
 from autoreid.runs import Preempted
 
 PEOPLE = {"anna": 3, "bert": 2, "carl": 2}
@@ -83,6 +84,8 @@ def test_named_and_unnamed_pictures(tmp_path):
     Image.new("RGB", (4, 8)).save(tmp_path / "visitor.jpg")
     pictures, lines = pictures_of(tmp_path)
     assert {p.identity for p in pictures} >= {"visitor", "0002_c1s1_000451_03"} and "an identity of its own" in lines[0]
+    Image.new("RGB", (4, 8)).save(tmp_path / "visitor.png")  # another picture, another identity
+    assert {p.identity for p in pictures_of(tmp_path)[0]} >= {"visitor.jpg", "visitor.png"}
 
 
 def test_a_folder_that_is_none(tmp_path):
@@ -114,6 +117,16 @@ def test_pictures_and_index_move_together(made, tmp_path):
     opened = Index.open(tmp_path / "moved" / "people.index")
     assert all(Path(path).exists() and str(path).startswith(str(tmp_path)) for path in opened.paths)
     assert opened.add(tmp_path / "moved" / "people").present == 7
+
+
+def test_a_path_with_dots_is_the_same_path(made, tmp_path, monkeypatch):
+    write_people(tmp_path / "people")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    Index.create("../g.index", made / "small.safetensors").add("../people")
+    gallery = Index.open(tmp_path / "g.index")
+    assert not any(Path(path).is_absolute() for path in gallery._paths) and gallery.add(tmp_path / "people").present == 7
+    assert Index.open("../g.index").paths == gallery.paths
 
 
 def test_the_same_pictures_are_not_doubled_and_changed_ones_replaced(made, tmp_path, monkeypatch):
@@ -162,7 +175,7 @@ def test_other_weights_are_refused(own, tmp_path):
     other = write_weights(tmp_path / "other.safetensors", seed=1)
     people = write_people(tmp_path / "more", {"dora": 1})
     with pytest.raises(UserError, match="was made by small .* are other weights") as fault:
-        Index.open(own, other).add(people)
+        Index.open(own, other)  # before anything is removed or said of it
     assert "\n" not in str(fault.value)
     fresh = Index.create(tmp_path / "late.index", other)  # while it embeds another process writes the file by its weights
     (tmp_path / "late.index").write_bytes(own.read_bytes())
@@ -191,6 +204,12 @@ def test_a_file_that_is_no_index(made, tmp_path):
             Index.open(path)
     with pytest.raises(UserError, match="is there already"):
         Index.create(made / "people.index", made / "small.safetensors")
+    with pytest.raises(UserError, match="is a folder"):
+        Index.open(tmp_path)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes((made / "small.safetensors").read_bytes())
+    with pytest.raises(UserError, match="is the file of the weights"):
+        Index.create(copy, copy, overwrite=True)
     with pytest.raises(UserError, match="unknown dtype 'int4'"):
         Index.create(tmp_path / "new", made / "small.safetensors", "int4")
 
@@ -240,6 +259,35 @@ def test_two_that_add_at_once_both_survive(own, tmp_path, monkeypatch):
     found = Index.open(own)
     assert found.header["edition"] == 4 and len(found) == 13
     assert sorted(set(found.identities)) == ["anna", "bert", "carl", "dora", "emil", "fred"]
+
+
+def test_what_another_process_has_added_meanwhile_is_no_replacement(own, tmp_path):
+    people = write_people(tmp_path / "more", {"dora": 2})
+    first, second = Index.open(own), Index.open(own)
+    second.extractor()
+    embed = second._extractor.embed
+
+    def late(paths):
+        assert first.add(people).added == 2
+        return embed(paths)
+
+    second._extractor.embed = late
+    found = second.add(people)
+    assert (found.added, found.replaced, found.present) == (0, 0, 2) and len(Index.open(own)) == 9
+
+
+def test_the_files_of_an_index_of_a_similar_name_are_left_alone(tmp_path):
+    gallery = planted_index(tmp_path / "g", ["a", "b"])
+    others = [tmp_path / name for name in (".g.old.lock", ".g.new.lock", "g.notahex!-1.hnsw")]
+    for other in others:
+        other.touch()
+    (tmp_path / ".g.abc_0123").touch()
+    gallery.remove(["a"])
+    assert all(other.exists() for other in others) and not (tmp_path / ".g.abc_0123").exists()
+    odd = planted_index(tmp_path / "g[1]", ["a", "b"])
+    (tmp_path / ".g[1].abc_0123").touch()
+    odd.remove(["a"])
+    assert not (tmp_path / ".g[1].abc_0123").exists()
 
 
 def test_stopped_and_started_again_it_ends_in_the_same(made, tmp_path, monkeypatch):
@@ -354,6 +402,8 @@ def test_the_graph_answers_is_kept_and_made_again_for_another_edition(tmp_path, 
     monkeypatch.setattr(index, "HNSW_FROM", 100)
     few = index.HNSW_QUERIES
     assert [again.chosen_engine("auto", n) for n in (1, few, few + 1)] == ["hnsw", "hnsw", "exact"]
+    deep = index.GRAPH_DEPTH
+    assert [again.chosen_engine("auto", 1, top) for top in (deep, deep + 1)] == ["hnsw", "exact"]
     again.search(query[:1], 10)
     assert not capsys.readouterr().err  # read, not made
     again.remove(["p0"])
@@ -363,6 +413,22 @@ def test_the_graph_answers_is_kept_and_made_again_for_another_edition(tmp_path, 
     [kept] = tmp_path.glob("g.*.hnsw")
     kept.write_bytes(kept.read_bytes()[:1000])
     assert Index.open(tmp_path / "g").search(query, 5, engine="hnsw")[0][0].rank == 1  # damaged: made again
+
+
+def test_a_graph_is_not_taken_for_that_of_a_copy_that_went_another_way(tmp_path):
+    pytest.importorskip("faiss")
+    path = tmp_path / "g"
+    first = planted_index(path, [f"p{i}" for i in range(20)])
+    start = path.read_bytes()
+    first.remove(["p1"])
+    one_way = path.read_bytes()
+    path.write_bytes(start)
+    other = Index.open(path)
+    other.remove(["p2"])  # also edition 2, also 19 pictures
+    other.search(torch.zeros(1, 8), 5, engine="hnsw")
+    path.write_bytes(one_way)
+    found = Index.open(path).search(first.features[1:2], 1, engine="hnsw")
+    assert found[0][0].distance == 0 and found[0][0].identity == "p2"
 
 
 def test_what_cannot_be_asked(tmp_path):
@@ -387,8 +453,8 @@ def test_the_threshold_is_the_twins(cameras, rate):
     x = rng.standard_normal((9, 4))[who] + rng.standard_normal((60, 4))
     found = threshold_of(x, [str(i) for i in who], seen, rate)
     genuine, impostors = slow.pairs(x, who, seen)
-    assert found.distance == pytest.approx(slow.threshold(impostors, rate), rel=1e-9)
-    room = found.distance * (1 + 1e-9)
+    assert found.distance == pytest.approx(slow.threshold(impostors, rate), rel=1e-6)
+    room = found.distance * (1 + 1e-6)
     assert found.false_match_rate == pytest.approx(sum(d <= room for d in impostors) / len(impostors))
     assert rate - 2 / len(impostors) < found.false_match_rate <= rate
     assert found.false_non_match_rate == pytest.approx(sum(d > room for d in genuine) / len(genuine))
@@ -403,11 +469,38 @@ def test_impostors_that_tie_beyond_the_rate_do_not_match():
     assert threshold_of(x, who, [0] * 30, 0.5).distance == pytest.approx(1)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_what_a_search_calls_a_match_is_what_the_rate_counts(tmp_path, dtype):
+    """Codes of small numbers, or pictures that are there twice: ties everywhere, which rounding would break."""
+    generator = torch.Generator().manual_seed(1)
+    who = [i // 4 for i in range(120)]
+    if dtype == "int8":
+        stored = torch.randint(-3, 4, (120, 6), dtype=torch.int8, generator=generator)
+        gallery, scale = Int8Gallery(stored, 0.0371), 0.0371
+    else:
+        stored, scale = torch.randn(24, 16, generator=generator).repeat(5, 1) + 3, None
+        gallery = FloatGallery(stored)
+    found = gallery.search(stored, 120)
+    impostors = [distance for i in range(120) for j, distance in zip(found.indices[i], found.distances[i])
+                 if i < j and who[i] != who[j]]
+    for rate in (0.01, 0.02, 0.033, 0.04, 0.1, 0.2, 0.3):
+        threshold = threshold_of(stored, who, [0] * 120, rate, scale)
+        matching = sum(distance <= threshold.distance for distance in impostors) / len(impostors)
+        assert matching <= rate and matching == pytest.approx(threshold.false_match_rate, abs=1e-9)
+
+
 def test_too_little_to_set_a_threshold_by():
     x, who = np.random.default_rng(0).standard_normal((20, 3)), ["a", "b"] * 10
     with pytest.raises(UserError, match="at least 10,000 impostor pairs and the 20 .* make 100: ask for 0.1 or more"):
         threshold_of(x, who, [0] * 20, 1e-3)
     assert threshold_of(x, who, [0] * 20, 0.1).impostors == 100
+    for number in range(5, 40):  # what the line asks for is enough
+        with pytest.raises(UserError) as fault:
+            threshold_of(np.ones((number, 1)), list(range(number - 1)) + [0], [0] * number, 1e-6)
+        if hint := re.search("ask for ([0-9.]+) or more", str(fault.value)):
+            assert threshold_of(np.ones((number, 1)), list(range(number - 1)) + [0], [0] * number, float(hint[1]))
+        else:
+            assert number == 5
     with pytest.raises(UserError, match="there is no genuine pair"):
         threshold_of(x, list(range(20)), [0] * 20, 0.1)
     with pytest.raises(UserError, match="none has two pictures by two cameras"):
@@ -434,12 +527,25 @@ def test_only_people_that_were_not_trained_on_may_set_it(tmp_path):
     assert {p.identity for p in found} == {"2", "5"} and len(found) == 16 and "held-out" in said
     with pytest.raises(UserError, match="other lists of images"):
         validation_pictures("market", str(tmp_path), extractor(origin={**origin, "train_fingerprint": "x"}, held_out=[2]))
+    with pytest.raises(UserError, match="shows people of mars, which the weights were trained on; retrain"):
+        validation_pictures("market", str(tmp_path), extractor(origin={**origin, "trained_on": "mars"}))
+    begun = {**origin, "init": "file", "init_file": "other.safetensors"}
+    _, said = validation_pictures("veri", str(tmp_path), extractor(origin=begun))
+    assert "began with other.safetensors, and whom" in said
     found, said = validation_pictures("veri", str(tmp_path), extractor(origin=origin, held_out=[]))
     assert len({p.identity for p in found}) == 3 and said == "veri, training identities"
     found, _ = validation_pictures(str(write_people(tmp_path / "own")), None, extractor(origin=origin, held_out=[]))
     assert {p.identity for p in found} == set(PEOPLE)
     with pytest.raises(UserError, match="unknown dataset or folder 'markte'; did you mean 'market'"):
         validation_pictures("markte", None, extractor())
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("cuhk03/detected", "cuhk03/labeled", True), ("drawn-people", "drawn-people-tiny", True), ("market", "mars", True),
+    ("market+500k/all", "market", True), ("market", "duke", False), ("drawn-people", "drawn-vehicles", False),
+])
+def test_datasets_of_the_same_people(one, other, same):
+    assert (index._people(one) == index._people(other)) is same
 
 
 def test_training_records_who_was_held_out(tmp_path):
@@ -488,6 +594,9 @@ def test_the_commands(made, tmp_path, capsys):
     assert "http" not in text.replace("http-equiv", "") and Image.open(picture).size[0] > 300
     _, err = run("find", query, "--index", out, "--html", page, status=2)
     assert "--overwrite" in err
+    run("index", write_people(tmp_path / "comma", {"d,e": 1}), "--out", out, "--add")
+    text, _ = run("index", "--out", out, "--remove", "d,e")
+    assert "1 picture removed" in text
     text, _ = run("index", "--out", out, "--remove", "anna,bert", "--remove", "d<b>ora")
     assert "7 pictures removed" in text and "2 pictures of 1 identity" in text
 
@@ -501,6 +610,11 @@ def test_the_commands(made, tmp_path, capsys):
     (["index", "PEOPLE", "--out", "INDEX", "--add", "--overwrite"], "contradict"),
     (["index", "PEOPLE", "--out", "INDEX", "--add", "--dtype", "int8"], "keeps the one it was made with"),
     (["index", "--out", "INDEX", "--validation", "PEOPLE"], "needs at least 10,000 impostor pairs"),
+    (["index", "PEOPLE", "--weights", "WEIGHTS", "--out", "NEW", "--validation", "PEOPLE"], "10,000 impostor pairs"),
+    (["index", "PEOPLE", "--weights", "WEIGHTS", "--out", "NEW", "--validation", "PEOPLE", "--false-match-rate", "2"],
+     "above 0 and below 1"),
+    (["index", "--out", "INDEX", "--false-match-rate", "0.01"], "--false-match-rate is of --validation"),
+    (["index", "--out", "INDEX", "--root", "data"], "--root is of --validation"),
     (["index", "--out", "INDEX", "--validation", "market"], "the weights were trained|dataset 'market'"),
     (["find", "WEIGHTS", "--index", "INDEX"], "cannot be read as a picture"),
     (["find", "nothing.jpg", "--index", "INDEX"], "no picture at nothing.jpg"),
@@ -530,6 +644,26 @@ def test_a_stopped_command_says_how_to_go_on(made, tmp_path, capsys, monkeypatch
     command = said[said.index("go on with: autoreid ") :].split("\n")[0].split()[4:]
     assert command[-1] == "--add"
     assert main(command) == 0 and len(Index.open(out)) == 7
+    capsys.readouterr()
+    asked = iter([True])
+    monkeypatch.setattr(index.Extractor, "embed", lambda self, paths: (torch.empty(0, self.net.dims), [], list(paths)))
+    assert main(["index", str(made / "people"), "--weights", str(made / "small.safetensors"), "--out", str(out),
+                 "--overwrite"]) == 0  # fmt: skip
+    said = capsys.readouterr().err  # the old one is there still, and is not to be added to
+    assert "nothing was embedded yet" in said and "--add" not in said and "--overwrite" in said
+
+
+def test_a_picture_is_drawn_of_any_names_and_of_many_answers(made):
+    image = str(made / "people" / "anna" / "0_c1.png")
+    names = ["$\\frac$", "$x_$", "\udcff"] + ["anna"] * 30
+    matches = [{"rank": i + 1, "identity": name, "path": image, "distance": 1.0, "cosine": 0.5, "match": None}
+               for i, name in enumerate(names)]
+    figure = plots_index.answers([{"image": image, "matches": matches}] * 2, "in people$_$.index", False)
+    png(figure)
+    assert len(figure.axes) == 2 * (1 + plots_index.ANSWERS)
+    assert f"the first {plots_index.ANSWERS} of 33 answers" in figure.get_supxlabel()
+    text = plots_index.page([{"image": "\udcff.jpg", "matches": matches}], "a", [])
+    assert text.encode() and text.count("data:image") == 33
 
 
 def test_the_threshold_is_kept_and_decides(own):
