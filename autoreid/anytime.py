@@ -11,7 +11,6 @@ those of exit s. Exits are counted from 1. Nothing is chosen or fitted on query 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from bisect import bisect_right, insort
@@ -34,6 +33,7 @@ from autoreid.heads import ExitsHead, ReIDNet
 from autoreid.loading import load_images, normalise
 from autoreid.metrics import RetrievalMetrics, metrics_from_ranks
 from autoreid.network import ModelSpec, load_weights
+from autoreid.pretrained import sha256_of
 from autoreid.protocols import Protocol, Tags, find_draws, find_protocol
 from autoreid.ranked import RankedList, ranked_lists
 from autoreid.ranking import Features, ranks_of_features
@@ -468,7 +468,13 @@ def curve_budgets(costs: Sequence[ExitCost]) -> list[float]:
 
 # ---------------------------------------------------------------------------------------- measured time
 WAYS = ("stream", "full", "stream_network", "full_network")
-PASSES = 3
+PASSES = len(WAYS)
+
+
+def in_turn(turn: int) -> tuple[str, ...]:
+    """The ways in the order of a turn. In four turns each stands once in each place and once right behind each other one,
+    for what ran before warms the caches or empties them (Williams' square)."""
+    return tuple(WAYS[(turn + step) % len(WAYS)] for step in (0, 1, 3, 2))
 
 
 def time_stream(
@@ -478,50 +484,52 @@ def time_stream(
     """Milliseconds per query of a real stream: ``count`` pictures one at a time, the stages behind the exit not run.
 
     ``stream``: the network to its exit and, at every exit on the way, the search for the nearest of the gallery.
-    ``full``: the whole network and one search. ``stream_network`` and ``full_network``: without the searches. All four are
-    timed in turn on each picture, so that a busy machine touches all alike; reading the picture is in none. The stream is
-    run ``PASSES`` times, which decides alike, and each query's time is the median of them.
+    ``full``: the whole network and one search. ``stream_network`` and ``full_network``: without the searches. An untimed
+    pass says where each query leaves, so that any way can come first. Then the stream is run ``PASSES`` times, which
+    decides alike; all four ways are timed on each picture, in each pass in another order (:func:`in_turn`), so that each
+    has stood in each place once and neither a busy machine nor what ran before favours one. Reading the picture is in
+    none. Each query's time is the median of the passes.
     """
     gallery, cameras, pictures = answers.compared()
     order = order_of(answers.queries, seed)[:count].tolist()
     seconds = np.empty((PASSES, len(WAYS), len(order)))
-    left = np.zeros(answers.exits, int)
     net = net.to(device).eval()
+    until = [Until(net, exit) for exit in range(1, answers.exits + 1)]
+    left: list[int] = []
     with torch.inference_mode():
-        for turn in range(PASSES + 1):  # of which the first, of a few queries, warms up
-            asked = order if turn else order[:3]
+        for turn in range(-1, PASSES):  # of which the first is the untimed one
             stream = Stream(gallery, q, kind, seed)
-            for n, i in enumerate(progress(asked, len(asked), "stream")):
+            for n, i in enumerate(progress(order, len(order), "stream")):
                 images = normalise(load_images([answers.asking[i]], size).to(device))
-                camera, picture = (None if values is None else int(values[i]) for values in (cameras, pictures))
-                exit, spent = _four_ways(net, stream, images, camera, picture, turn + n)
-                if turn:
-                    seconds[turn - 1, :, n] = [spent[name] for name in WAYS]
-                if turn == PASSES:
-                    left[exit - 1] += 1
+                own = [None if values is None else int(values[i]) for values in (cameras, pictures)]
+                float(images[0, 0, 0, 0])  # a GPU has the picture only now
+                if turn < 0:
+                    left.append(stream.ask(walk(net, images), *own).exit)
+                    if n < 3:  # warms up what the stream does not run
+                        _go("full", until[-1], stream, images, own)
+                    continue
+                for name in in_turn(turn + n):
+                    way = until[left[n] - 1] if name == "stream_network" else net
+                    begin = time.perf_counter()
+                    _go(name, way, stream, images, own)
+                    seconds[turn, WAYS.index(name), n] = time.perf_counter() - begin
     ms = 1e3 * np.median(seconds, axis=0)
-    return {"queries": len(order), "passes": PASSES, "device": device, "left": left.tolist(),
+    return {"queries": len(order), "passes": PASSES, "device": device,
+            "left": np.bincount(left, minlength=answers.exits + 1)[1:].tolist(),
             **{f"{name}_ms": {"mean": float(row.mean()), **_quartiles(row)} for name, row in zip(WAYS, ms, strict=True)}}
 
 
-def _four_ways(
-    net: ReIDNet, stream: Stream, images: Tensor, camera: int | None, picture: int | None, turn: int
-) -> tuple[int, dict[str, float]]:
-    """Where one picture leaves, and the seconds of :func:`time_stream`'s four ways; who goes first changes by turns."""
-    gallery, exits = stream.gallery, len(stream.gallery.features)
-    spent = {}
-    begin = time.perf_counter()
-    exit = stream.ask(walk(net, images), camera, picture).exit
-    spent["stream"] = time.perf_counter() - begin
-    for name in WAYS[1:] if turn % 2 else reversed(WAYS[1:]):
-        begin = time.perf_counter()
-        embedding = Until(net, exit)(images) if name == "stream_network" else net(images)
-        if name == "full":
-            float(gallery.confidence(stream.kind, exits, embedding, *stream.own(camera, picture)))
-        else:
-            embedding.cpu()  # a GPU is done only now
-        spent[name] = time.perf_counter() - begin
-    return exit, spent
+def _go(name: str, net: ReIDNet | Until, stream: Stream, images: Tensor, own: Sequence[int | None]) -> None:
+    """One picture by one of :func:`time_stream`'s four ways, until it is done on a GPU too."""
+    if name == "stream":
+        stream.ask(walk(net, images), *own)  # type: ignore[arg-type]
+        return
+    embedding = net(images)
+    if name == "full":
+        gallery = stream.gallery
+        float(gallery.confidence(stream.kind, len(gallery.features), embedding, *stream.own(*own)))
+    else:
+        embedding.cpu()
 
 
 def _quartiles(values: np.ndarray) -> dict[str, float]:
@@ -532,9 +540,11 @@ def _quartiles(values: np.ndarray) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------- the whole study
 class Study(NamedTuple):
     """``record`` is what anytime.json holds; the lists are of the surest queries that left at the first exit and of the
-    least sure that went to the last, in the stream that was timed."""
+    least sure that went to the last, in the stream that was timed, which was by ``confidence``. With "random" nobody is
+    sure: they are the first that came."""
 
     record: dict[str, Any]
+    confidence: str
     easy: list[RankedList]
     hard: list[RankedList]
     asking: Sequence[Sample]
@@ -557,9 +567,9 @@ def study(
 
     ``budget`` in multiply-accumulates per query; None: :data:`POINTS` of them between the first exit and the last.
     ``against``: weights of separately trained networks, run in ascending order of size, of which the most recent answers
-    (DaRe, section 5.3.1). ``timed`` queries are run one by one, 0 for none; at the budget, of a curve at the middle one, by
-    the first of the confidences. Raises UserError: weights without exits, a budget below the first exit, and as
-    :class:`Answers`.
+    (DaRe, section 5.3.1); one that was trained otherwise is warned of, on stderr and in the record. ``timed`` queries are
+    run one by one, 0 for none; at the budget, of a curve at the middle one, by the first of the confidences. Raises
+    UserError: weights without exits, weights given twice, a budget below the first exit, and as :class:`Answers`.
     """
     if wrong := [name for name in confidences if name not in CONFIDENCES]:
         raise unknown("confidence", wrong[0], CONFIDENCES)
@@ -571,13 +581,16 @@ def study(
     if budget is not None:
         check_budget(run, budget)
     rule = check_stream(splits, protocol)
-    others = _ascending(against)
     budgets = curve_budgets(costs) if budget is None else [budget]
     origin = again(weights, header, splits)
-    for line in origin["warnings"]:
-        say(f"warning: {line}")
+    others = _ascending(against, weights, _training(header, origin), splits)
+    warnings = list(origin["warnings"])
     if budget is not None and budget >= run[-1]:
-        say(f"warning: the budget of {budget:,.0f} covers the last exit ({run[-1]:,}): every query goes there")
+        warnings.append(f"the budget of {budget:,.0f} covers the last exit ({run[-1]:,}): every query goes there")
+    told = [(member.path, line) for member in others for line in member.warnings]
+    for line in (*warnings, *(f"{path}: {line}" for path, line in told)):
+        say(f"warning: {line}")
+    warnings += [f"{Path(path).name}: {line}" for path, line in told]
     say(f"{len(splits.query)} queries against {len(splits.gallery)} gallery images at {exits} exits")
     answers = Answers(net.to(device), splits, size, rule, device)
     rows = []
@@ -593,9 +606,10 @@ def study(
     measured = {"confidence": kind, "budget": middle,
                 **time_stream(net, answers, kind, q, size, timed, seed, device)} if timed else None
     left = run_stream(sure[kind], kind, q, seed)
-    by_confidence = np.argsort(-sure[kind][:, 0], kind="stable")
-    easy = [int(i) for i in by_confidence if left[i] == 1][:SHOWN]
-    hard = [int(i) for i in reversed(by_confidence) if left[i] == exits][:SHOWN]
+    surest = np.argsort(-sure[kind][:, 0], kind="stable")
+    surest, least = (surest, surest[::-1]) if kind != "random" else (order_of(answers.queries, seed),) * 2
+    easy = [int(i) for i in surest if left[i] == 1][:SHOWN]
+    hard = [int(i) for i in least if left[i] == exits][:SHOWN]
     label = origin.pop("model", spec.label)
     record = {
         "model": label, "genotype": spec.genotype.key() if spec.genotype else None, "weights": _named(weights),
@@ -604,9 +618,9 @@ def study(
         "queries": {"total": metrics.total, "scored": metrics.scored},
         "fusion": net.head.fusion.tolist(),  # type: ignore[union-attr, operator]
         "exits": rows, "ensemble": ensemble, "streams": streams, "timed": measured, **origin,
-        "evaluation_seed": seed, "environment": environment(),
+        "warnings": warnings, "evaluation_seed": seed, "environment": environment(),
     }
-    return Study(record, answers.lists(easy, left), answers.lists(hard, left), answers.asking, answers.answering)
+    return Study(record, kind, answers.lists(easy, left), answers.lists(hard, left), answers.asking, answers.answering)
 
 
 def _figures(metrics: RetrievalMetrics) -> dict[str, Any]:
@@ -616,34 +630,66 @@ def _figures(metrics: RetrievalMetrics) -> dict[str, Any]:
 
 def _named(weights: str | Path) -> dict[str, str]:
     """A file by its name and content: where it lies differs from machine to machine."""
-    return {"file": Path(weights).name, "sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest()}
+    return {"file": Path(weights).name, "sha256": sha256_of(Path(weights))}
 
 
-_Member = tuple[int, str | Path, ReIDNet, Mapping[str, Any]]
+class _Member(NamedTuple):
+    """A network of the ensemble; ``warnings`` are of its test images and of how its training differs."""
+
+    macs: int
+    path: str | Path
+    net: ReIDNet
+    size: tuple[int, int]
+    origin: Mapping[str, Any]
+    warnings: Sequence[str]
 
 
-def _ascending(paths: Sequence[str | Path]) -> list[_Member]:
-    """The ensemble's networks by what they cost, cheapest first."""
+def _training(header: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What exits and ensemble are to have in common, so that they differ by their networks alone."""
+    names = ("trained_on", "train_fingerprint", "recipe", "seed", "init")
+    return {**{name: origin.get(name) for name in names}, "input": "x".join(map(str, header["input"]))}
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """A warning of how a member of the ensemble was trained (:func:`_training`), or none. What old weights do not say is
+    not compared."""
+    told = [name for name in ours if None not in (ours[name], theirs[name]) and ours[name] != theirs[name]]
+    if not told:
+        return []
+    what = ", ".join(f"{name} {theirs[name]} instead of {ours[name]}" for name in told)
+    return [f"trained otherwise than the network with the exits: {what}; the two curves differ by that too"]
+
+
+def _ascending(
+    paths: Sequence[str | Path], weights: str | Path, training: Mapping[str, Any], splits: Splits
+) -> list[_Member]:
+    """The ensemble's networks by what they cost, cheapest first. ``training`` is that of ``weights``, the network with the
+    exits. Raises UserError: a file that was given before, by its content."""
     members: list[_Member] = []
+    given = {sha256_of(Path(weights)): weights}
     for path in paths:
         net, header = load_weights(path)
-        spec = ModelSpec.from_dict(header["model"])
-        members.append((cost.measure(spec.build, tuple(header["input"])).macs, path, net, header))
-    return sorted(members, key=lambda member: (member[0], str(member[1])))
+        if (digest := sha256_of(Path(path))) in given:
+            raise UserError(f"--against {path}: the same weights as {given[digest]}; an ensemble is of networks trained "
+                            "separately: give each once, and not the one with the exits")
+        given[digest] = path
+        size, origin = (int(header["input"][0]), int(header["input"][1])), again(path, header, splits)
+        members.append(_Member(
+            cost.measure(ModelSpec.from_dict(header["model"]).build, size).macs, path, net, size, origin,
+            [*origin["warnings"], *_differences(training, _training(header, origin))],
+        ))
+    return sorted(members, key=lambda member: (member.macs, str(member.path)))
 
 
 def _ensemble(members: Sequence[_Member], splits: Splits, rule: Protocol, device: str) -> list[dict[str, Any]]:
     """A row per network: what it and those before it cost together, and how well it does alone, as its result counts."""
     rows, total = [], 0
-    for macs, path, net, header in members:
-        size, total = tuple(header["input"]), total + macs
+    for macs, path, net, size, origin, _ in members:
+        total += macs
         metrics = extract_both(net.to(device), splits.query, splits.gallery, size, rule, device).metrics()
-        origin = again(path, header, splits)
-        for line in origin["warnings"]:
-            say(f"warning: {path}: {line}")
         rows.append({
             "model": origin.get("model", Path(path).stem), "weights": _named(path), "input": list(size), "macs": macs,
             "macs_run": total, **_figures(metrics), "latency_ms": cost.latency(net, size, device, at_most_s=5),
-            "trained_on": origin.get("trained_on"), "recipe": origin.get("recipe"), "seed": origin.get("seed"),
+            **{name: origin.get(name) for name in ("trained_on", "train_fingerprint", "recipe", "seed", "init")},
         })
     return rows

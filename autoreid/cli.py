@@ -106,7 +106,8 @@ def build_parser() -> Parser:
                    "default: drawn for drawn data, default for all other; a model's own paper is best followed with its "
                    "own, a comparison needs a shared one")
     p.add_argument("--init", metavar="scratch|imagenet|FILE", default="scratch", help="start from torchvision's ImageNet "
-                   "weights, downloaded or already on this machine, or from a file of such weights")
+                   "weights, downloaded or already on this machine, from a file of such weights, or from one that retrain "
+                   "wrote for the same model")
     p.add_argument("--match", metavar="GENOTYPE.json", help="build the model in the size of this searched one")
     p.add_argument("--name", help="what to call the result, instead of the model's name")
     p.add_argument("--test", metavar="NAME", help="evaluate on another dataset than the one that is trained on")

@@ -20,8 +20,11 @@ from autoreid.cli_parts import (
     counted,
     dataset_option,
     device_of,
+    evaluation_of,
+    evaluation_options,
     json_option,
     may_write,
+    pastable,
     picture_options,
     preset_of,
     print_figures,
@@ -32,13 +35,14 @@ from autoreid.cli_parts import (
     seed_option,
     set_threads,
     training_options,
+    views_options,
     whole,
 )
 from autoreid.errors import UserError
 from autoreid.recipe import RECIPES
 from autoreid.runs import say
 
-COMMANDS: tuple[str, ...] = ("anytime", "compress", "index", "find")
+COMMANDS: tuple[str, ...] = ("anytime", "compress", "index", "find", "export")
 RESUMABLE: tuple[str, ...] = ("compress",)  # what SIGTERM stops with its state saved
 JOINED: tuple[str, ...] = ("compress",)  # the same command goes on by itself
 
@@ -72,8 +76,9 @@ def add_commands(command: Callable[..., Parser]) -> None:
                    "genotype, to be trained by each method; or a .safetensors file that retrain wrote, whose embeddings "
                    "are compressed without training")
     dataset_option(p)
-    p.add_argument("--methods", default="full,slice,low-rank,prune,pca,pq", metavar="NAME,...", help="of full, slice, "
-                   "low-rank, prune, pca and pq")
+    p.add_argument("--methods", metavar="NAME,...", help="full, slice, low-rank, prune, pca, pq, int8 (of the full "
+                   "embedding after training) or cut (the first dimensions after training); default all but cut, of "
+                   "weights pca, pq, int8 and cut")
     p.add_argument("--dims", metavar="K,...", help="sizes of the embedding; default the paper's 576, 480, 384, 192, 64 and "
                    "32 of 768 in proportion to the model's")
     p.add_argument("--int8", default="also", metavar="NAME", help="also (float32 and int8), only or no")
@@ -85,34 +90,69 @@ def add_commands(command: Callable[..., Parser]) -> None:
     cache_option(p)
     p.add_argument("--out", metavar="DIR", default="results", help="where to write")
     p.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
+    p.add_argument("--gallery", type=whole, metavar="N", help="time the search among N embeddings: the dataset's gallery, "
+                   "repeated with a little noise")
     p.add_argument("--overwrite", action="store_true", help="train all anew, and replace what is there")
     json_option(p)
 
     _gallery_commands(command)
+    _export_command(command)
 
 
 def compress(args: argparse.Namespace) -> None:
     from autoreid import compress as compression
-    from autoreid import parallel
-    from autoreid.network import find_model
+    from autoreid import parallel, plots
+    from autoreid.network import find_model, load_weights
+    from autoreid.plots_compress import curve
     from autoreid.recipe import Recipe, find_recipe
+    from autoreid.runs import folder_name, write_json
 
     set_threads()
-    changes = changes_of(args)
-    for_recipe: dict[str, Any] = {key: changes.pop(key) for key in list(changes) if key in Recipe.__dataclass_fields__}
-    spec = find_model(args.model, changes)
-    found = compression.train(
-        spec, args.dataset, find_recipe(args.recipe or preset_of(args.dataset), for_recipe), args.out,
-        methods=args.methods.split(","), sizes=_sizes(args.dims), int8=args.int8, seed=args.seed, root=args.root,
-        device=parallel.start(device_of(args.device)), workers=args.workers, cache=args.cache, init=args.init,
-        overwrite=args.overwrite,
-    )
-    rows = [{"name": job.name, "method": job.method, **result["embedding"], "mAP": result["mAP"],
-             "rank1": result["cmc"]["1"], "result": str(path)} for job, path, result in found]
-    print_figures(args, rows, "\n".join(
-        f"{row['name']:40} {row['dims']:5} {row['dtype']:8} {row['bytes']:6} B  mAP {100 * row['mAP']:5.1f} %  rank-1 "
-        f"{100 * row['rank1']:5.1f} %" for row in rows))
-    propose(f"autoreid compress {args.model} --dataset {args.dataset}{root_of(args)} --seed {args.seed + 1}")
+    changes, sizes = changes_of(args), _sizes(args.dims)
+    trained = not args.model.endswith(".safetensors")
+    methods = compression.USUAL[trained] if args.methods is None else args.methods.split(",") if args.methods else []
+    device = parallel.start(device_of(args.device))
+    compression.check_gallery(args.dataset, args.root, args.gallery)
+    if trained:
+        of_recipe: dict[str, Any] = {key: changes.pop(key) for key in list(changes) if key in Recipe.__dataclass_fields__}
+        spec = find_model(args.model, changes)
+        label = spec.label
+        folder = compression.train(
+            spec, args.dataset, find_recipe(args.recipe or preset_of(args.dataset), of_recipe), args.out, methods=methods,
+            sizes=sizes, int8=args.int8, seed=args.seed, root=args.root, device=device, workers=args.workers,
+            cache=args.cache, init=args.init, overwrite=args.overwrite,
+        )
+        timed = compression.smallest_weights(folder, label, args.seed)
+    else:
+        if changes or args.recipe or args.init != "scratch":
+            raise UserError(f"{args.model}: trained weights are compressed as they are; leave out --set, --epochs, "
+                            "--input, --recipe and --init, or give the model's name to train it")
+        weights = Path(args.model)
+        label, folder = load_weights(weights)[1].get("name", weights.stem), Path(args.out) / folder_name(args.dataset)
+        folder, timed = folder / f"{weights.stem}-compress", [weights]
+        compression.fit_all(weights, args.dataset, folder, methods=methods, sizes=sizes, int8=args.int8, root=args.root,
+                            device=device, overwrite=args.overwrite)
+    found = compression.summary(folder, label, args.dataset)
+    made = [compression.search(path, args.dataset, gallery=args.gallery, root=args.root, device=device) for path in timed]
+    beside = folder if trained else Path(args.model).parent
+    found["search"] = [*made, *compression.earlier_searches(folder, made, beside)]
+    if parallel.is_first():
+        write_json(folder / "compress.json", found)
+        plots.save(curve(found), folder / "curve.png")
+    print_figures(args, found, f"{compression.describe(found)}\ncurve: {folder / 'curve.png'}")
+    if trained:
+        asked = {"--methods": args.methods, "--dims": args.dims, "--int8": args.int8, "--recipe": args.recipe,
+                 "--init": args.init, "--epochs": args.epochs, "--input": args.input and "{}x{}".format(*args.input),
+                 "--out": args.out, "--device": args.device, "--workers": args.workers, "--cache": args.cache,
+                 "--gallery": args.gallery}
+        usual = {"--int8": "also", "--init": "scratch", "--out": "results", "--device": "auto", "--workers": 0}
+        given = {name: str(value) for name, value in asked.items() if value not in (None, usual.get(name))}
+        words = [word for pair in given.items() for word in pair]
+        words += [word for pair in args.changes for word in ("--set", pair)]
+        propose(f"autoreid compress {shlex.quote(args.model)} --dataset {args.dataset}{root_of(args)} "
+                f"{shlex.join([*words, '--seed', str(args.seed + 1)])}")
+    else:
+        propose(f"autoreid index GALLERY_DIR --weights {shlex.quote(args.model)} --out gallery.index --dtype int8")
 
 
 def _sizes(text: str | None) -> list[int] | None:
@@ -161,13 +201,18 @@ def anytime(args: argparse.Namespace) -> None:
     print_figures(args, found.record, _anytime_text(found.record))
     save(plots_anytime.curve(found.record), curve)
     title = f"{Path(args.weights).stem} on {splits.name}: who left where"
-    save(plots_anytime.examples(found.easy, found.hard, found.asking, found.answering, title, splits.name_of), examples)
+    save(plots_anytime.examples(found.easy, found.hard, found.asking, found.answering, title, splits.name_of,
+                                found.confidence), examples)
     for path in (record, curve, examples):
         say(str(path))
     streams = found.record["streams"]
     budget = "curve" if args.budget is not None else f"{streams[len(streams) // 2]['budget']:.4g}"
-    propose(f"autoreid anytime {shlex.quote(args.weights)} --dataset {args.dataset}{root_of(args)} --budget {budget} "
-            "--overwrite")
+    options = {"--protocol": args.protocol, "--out": None if args.out == "results" else args.out, "--budget": budget,
+               "--seed": str(args.seed) if args.seed else None, "--device": None if args.device == "auto" else args.device}
+    words = [word for option, value in options.items() if value is not None for word in (option, value)]
+    words += ["--against", *args.against] if args.against else []  # it writes the same files anew
+    propose(f"autoreid anytime {shlex.quote(args.weights)} --dataset {args.dataset}{root_of(args)} "
+            f"{shlex.join([*words, '--overwrite'])}")
 
 
 def _anytime_text(record: Mapping[str, Any]) -> str:
@@ -186,10 +231,10 @@ def _anytime_text(record: Mapping[str, Any]) -> str:
     lines += [priced(row["exit"], row, row["latency_ms"]["median"]) for row in record["exits"]]
     if record["ensemble"]:
         lines.append("ensemble in this order, the most recent answers; under run and ms what it took so far")
-        ms = 0.0
+        so_far = 0.0
         for row in record["ensemble"]:
-            ms += row["latency_ms"]["median"]
-            lines.append(priced(row["model"][:22], row, ms))
+            so_far += row["latency_ms"]["median"]
+            lines.append(priced(row["model"][:22], row, so_far))
     wide = max(22, 6 * len(record["exits"]))
     lines.append(f"{'stream':9} {'budget':>15} {'MACs run':>15} {'left at each exit (%)':>{wide}} {'mAP':>12} "
                  f"{'rank-1':>12}")
@@ -201,12 +246,13 @@ def _anytime_text(record: Mapping[str, Any]) -> str:
     lines.append(f"alone: the stages and the exit's own head; run: the heads passed on the way too, which a budget counts; "
                  f"± over {record['streams'][0]['orders']} orders of the queries")
     if (timed := record["timed"]) is not None:
-        ms_of = {name: timed[f"{name}_ms"]["mean"] for name in ("stream", "full", "stream_network", "full_network")}
+        ms = {name: f"{of['mean']:.2f} ms (median {of['median']:.2f})" for name in (
+            "stream", "full", "stream_network", "full_network") for of in [timed[f"{name}_ms"]]}
         lines.append(
             f"measured on {timed['device']}, {timed['queries']} queries one by one ({timed['confidence']}, budget "
-            f"{timed['budget']:,.0f}): {ms_of['stream']:.2f} ms per query on average, {ms_of['full']:.2f} ms with the "
-            f"whole network (without the searches {ms_of['stream_network']:.2f} and {ms_of['full_network']:.2f}); left at "
-            f"the exits: {', '.join(map(str, timed['left']))}"
+            f"{timed['budget']:,.0f}): {ms['stream']} per query on average, {ms['full']} with the whole network; without "
+            f"the searches {ms['stream_network']} and {ms['full_network']}; left at the exits: "
+            f"{', '.join(map(str, timed['left']))}"
         )
     return "\n".join(lines)
 
@@ -259,7 +305,9 @@ def index(args: argparse.Namespace) -> int:
     set_threads()
     out, there = shlex.quote(args.out), Path(args.out).exists()
     may_write("--out", args.out, True)
-    names = [name for text in args.remove for name in text.split(",") if name]
+    if args.validation is None and (args.root is not None or args.false_match_rate != 1e-3):
+        option = "--root" if args.root is not None else "--false-match-rate"
+        raise UserError(f"{option} is of --validation: give the labelled pictures that set the threshold")
     if args.add and args.overwrite:
         raise UserError("--add and --overwrite contradict each other: give one of them")
     if args.gallery is None and (args.add or args.overwrite):
@@ -276,6 +324,9 @@ def index(args: argparse.Namespace) -> int:
         raise UserError("a new index needs --weights FILE, which `autoreid retrain` writes")
     else:
         gallery = Index.create(args.out, args.weights, args.dtype, device, args.overwrite)
+    names = [name for text in args.remove for name in ([text] if text in gallery.identities else text.split(",")) if name]
+    if args.validation is not None:  # before the work, not after it
+        gallery.validation(args.validation, args.root, args.false_match_rate)
     figures: dict[str, Any] = {}
     try:
         with heeding_sigterm():
@@ -296,10 +347,19 @@ def index(args: argparse.Namespace) -> int:
             if args.validation is not None:
                 gallery.calibrate(args.validation, args.root, args.false_match_rate)
     except Preempted:
-        kept = f"the {counted(len(gallery), 'picture')} embedded so far are in {args.out}" if Path(args.out).exists() else (
-            "nothing was embedded yet")
-        more = "--add" if Path(args.out).exists() else f"--weights {shlex.quote(args.weights or '')} --dtype {args.dtype}"
-        say(f"stopped by SIGTERM; {kept}, go on with: autoreid index {shlex.quote(args.gallery or '')} --out {out} {more}")
+        written = bool(len(gallery))  # with --overwrite another index may lie there still
+        again = ["autoreid", "index", *([args.gallery] if args.gallery else []), "--out", args.out]
+        again += ["--weights", args.weights] if args.weights else []
+        if args.gallery and (written or args.add):
+            again.append("--add")
+        elif args.gallery:
+            again += ["--dtype", args.dtype, *(["--overwrite"] if args.overwrite else [])]
+        for option, value in (("--validation", args.validation), ("--root", args.root)):
+            again += [option, value] if value else []
+        if args.validation:
+            again += ["--false-match-rate", str(args.false_match_rate)]
+        kept = f"{args.out} holds {counted(len(gallery), 'picture')} so far" if written else "nothing was embedded yet"
+        say(f"stopped by SIGTERM; {kept}, go on with: {pastable(shlex.join(again))}")
         return 0
     summary = gallery.summary()
     print_figures(args, {**summary, **figures}, _index_text(summary, figures))
@@ -342,7 +402,7 @@ def find(args: argparse.Namespace) -> None:
     may_write("--picture", args.picture, args.overwrite, ".png")
     may_write("--html", args.html, args.overwrite, ".html")
     gallery = Index.open(args.index, args.weights, device_of(args.device))
-    engine = gallery.chosen_engine(args.engine, len(args.images))
+    engine = gallery.chosen_engine(args.engine, len(args.images), args.top)
     lists = gallery.search(args.images, args.top, args.by, engine)
     threshold, summary = gallery.threshold, gallery.summary()
     found = [{"image": image, "matches": [match._asdict() for match in matches]}
@@ -371,6 +431,85 @@ def find(args: argparse.Namespace) -> None:
             say(f"page: {args.html}")
     if threshold is None:
         say(f"no threshold, so nothing is called a match: autoreid index --out {shlex.quote(args.index)} --validation DIR")
-    again = shlex.join(["autoreid", "find", *args.images, "--index", args.index])
+    again = shlex.join(["autoreid", "find", *args.images, "--index", args.index,
+                        *(["--weights", args.weights] if args.weights else [])])
     other = "image" if args.by == "identity" else "identity"
     propose(f"{again} --by {other}" if args.html else f"{again} --html found.html")
+
+
+# ---------------------------------------------------------------------------------------- a file to deploy
+def _export_command(command: Callable[..., Parser]) -> None:
+    p = command("export", "write a network for ONNX Runtime, OpenVINO or torch.export, held against PyTorch on real "
+                "images, its accuracy and latency measured in that runtime on this CPU", "autoreid export "
+                "results/market/resnet50-s0.safetensors --format onnx --int8 --root ~/data", export)
+    p.add_argument("weights", metavar="WEIGHTS", help="a .safetensors file that retrain wrote")
+    p.add_argument("--format", required=True, metavar="NAME", help="onnx, torch-export or openvino")
+    p.add_argument("--int8", action="store_true", help="weights and activations in 8 bits, calibrated on training images "
+                   "(onnx and openvino)")
+    p.add_argument("--inside", action="store_true", help="the graph takes pixels, uint8, and normalises them itself")
+    p.add_argument("--exit", type=_exit, metavar="N|all", help="of a network with exits: cut after exit N, or give the "
+                   "embeddings of all")
+    p.add_argument("--batch", type=_batch, default="dynamic", metavar="N|dynamic", help="pictures that the graph takes at "
+                   "once")
+    p.add_argument("--dataset", metavar="NAME", help="whose training images calibrate and are compared on, and whose query "
+                   "and gallery are ranked; default the one that the network was trained on")
+    p.add_argument("--root", metavar="DIR", help="the folder that holds the dataset's folder, or that itself")
+    p.add_argument("--images", type=whole, default=128, metavar="N", help="training images to calibrate and compare on")
+    p.add_argument("--min-cosine", type=float, metavar="X", help="between the file's embedding and PyTorch's of one image, "
+                   "or nothing is written; default 0.999, with --int8 0.7")
+    p.add_argument("--no-evaluate", action="store_true", help="leave query and gallery alone: no mAP and no result file")
+    protocol_option(p)
+    views_options(p, "1")
+    evaluation_options(p)
+    p.add_argument("--out", metavar="FILE", help="default beside the weights, ending in .onnx, .pt2 or .xml")
+    p.add_argument("--result", metavar="DIR", help="the folder of results, as retrain's --out; default where the weights "
+                   "are, if that is their dataset's folder of results, else results")
+    p.add_argument("--overwrite", action="store_true", help="replace the file, its record and its result")
+    json_option(p)
+
+
+def _exit(text: str) -> int | str:
+    if text != "all" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no exit: give a number from 1, or all")
+    return text if text == "all" else int(text)
+
+
+def _batch(text: str) -> int | None:
+    """None for any number."""
+    if text != "dynamic" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no batch size: give a number from 1, or dynamic")
+    return None if text == "dynamic" else int(text)
+
+
+def export(args: argparse.Namespace) -> None:
+    from autoreid import export as exporting
+    from autoreid.network import load_weights
+    from autoreid.runtimes import find_format
+
+    set_threads()
+    require_protocol(args.protocol)
+    found, how = find_format(args.format, args.int8), evaluation_of(args)
+    if args.min_cosine is not None and not -1 <= args.min_cosine <= 1:
+        raise UserError(f"--min-cosine {args.min_cosine}: a cosine lies between -1 and 1")
+    plan = exporting.Plan(args.format, args.int8, args.inside, args.exit, args.batch)
+    dataset = args.dataset or load_weights(args.weights)[1]["dataset"]
+    out = args.out or str(plan.file_beside(args.weights))
+    may_write("--out", out, args.overwrite, found.ending)
+    for path in exporting.files_of(Path(out)):
+        may_write("--out", str(path), args.overwrite)
+    if not args.no_evaluate:
+        may_write("--result", str(exporting.result_of(args.weights, plan, dataset, args.result)), args.overwrite)
+    path, record, result = exporting.export(
+        args.weights, plan, out=out, dataset=dataset, root=args.root, images=args.images, min_cosine=args.min_cosine,
+        evaluate=not args.no_evaluate, protocol=args.protocol, how=how, results=args.result,
+    )
+    print_figures(args, record, exporting.summary(path, record))
+    for written in (*exporting.files_of(path), *([result] if result else [])):
+        say(str(written))
+    if result:
+        propose(f"autoreid compare {shlex.quote(str(result.parent))}")
+    else:
+        again = [f"--{name}" for name in ("int8", "inside") if getattr(args, name)]
+        again += [f"--{name} {value}" for name in ("exit", "batch", "dataset", "out") if (value := getattr(args, name))]
+        propose(f"autoreid export {shlex.quote(args.weights)} --format {' '.join([args.format, *again])}{root_of(args)} "
+                "--overwrite")

@@ -210,8 +210,9 @@ def table(results: Sequence[Result], allow_mixed: bool = False) -> pd.DataFrame:
 
     Columns: model, genotype, seeds (how many), params, macs; mAP_mean and mAP_std, and so for rank1, rank5, rank10
     and mINP (fractions; sample standard deviation, NaN with one seed); latency_ms (median over seeds of the medians,
-    NaN where not measured or measured on different things) and latency_on (device, batch and processor);
-    embedding_bytes (per image), train_seconds (mean over seeds), train_epochs; the settings in ``SHOWN``, input as "HxW";
+    NaN where not measured or measured on different things) and latency_on (device, batch, processor and threads);
+    embedding_bytes (per image), file_bytes (of exported networks, where there are any), train_seconds
+    (mean over seeds), train_epochs; the settings in ``SHOWN``, input as "HxW";
     and mixed: why the row is not comparable with the others, "" where it is.
 
     Results whose settings differ are refused (:func:`check_comparable`), or with ``allow_mixed`` become rows of their
@@ -250,6 +251,8 @@ def _row(group: Sequence[Result], ranks: Iterable[int], mixed: str) -> dict[str,
         row[f"{name}_mean"], row[f"{name}_std"] = _mean_and_std(values)
     row["latency_ms"], row["latency_on"] = _latency(group)
     row["embedding_bytes"] = (first.get("embedding") or {}).get("bytes", math.nan)
+    if "export" in first:
+        row["file_bytes"] = first["export"]["file"]["bytes"]
     seconds = [train["seconds"] for result in group if "seconds" in (train := result.get("train") or {})]
     row["train_seconds"] = float(statistics.mean(seconds)) if seconds else math.nan
     row["train_epochs"] = math.nan if settings["train epochs"] is None else settings["train epochs"]
@@ -293,10 +296,13 @@ def _latency(group: Sequence[Result]) -> tuple[float, str]:
 
 
 def _latency_on(result: Result) -> str:
-    latency, processor = result["latency_ms"], (result.get("environment") or {}).get("processor")
-    place = f"{latency['device']}, batch {latency['batch']}"
-    # Two processors are two clocks; a CUDA time hardly depends on the host's.
-    return f"{place}, {processor}" if processor and latency["device"] == "cpu" else place
+    latency, environment = result["latency_ms"], result.get("environment") or {}
+    parts = [latency["device"], f"batch {latency['batch']}"]
+    # Two processors are two clocks, and so are one and four threads; a CUDA time hardly depends on the host's.
+    if latency["device"] == "cpu":
+        threads = latency.get("threads") or environment.get("threads")
+        parts += [environment.get("processor"), threads and f"{threads} thread{'s' * (threads != 1)}"]
+    return ", ".join(part for part in parts if part)
 
 
 # ---------------------------------------------------------------------------------------- Pareto fronts
@@ -427,6 +433,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         columns["ms"] = ["-" if math.isnan(value) else f"{value:.3g}" for value in table["latency_ms"]]
     if table["embedding_bytes"].notna().any():
         columns["bytes"] = ["-" if math.isnan(value) else f"{value:.0f}" for value in table["embedding_bytes"]]
+    if "file_bytes" in table:
+        columns["file MB"] = ["-" if math.isnan(value) else f"{value / 1e6:.3g}" for value in table["file_bytes"]]
     if table["train_seconds"].notna().any():
         columns["train s"] = ["-" if math.isnan(value) else f"{value:.0f}" for value in table["train_seconds"]]
     order = table.sort_values(["mAP_mean", "model"], ascending=[False, True]).index

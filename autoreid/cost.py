@@ -127,7 +127,7 @@ class _Activations(TorchDispatchMode):
         self.peak = max(self.peak, sum(nbytes for _, nbytes in self._live.values()))
 
 
-class _AttentionInTheOpen:
+class AttentionInTheOpen:
     """Fused multi-head attention off inside the ``with`` block, as it was before after it."""
 
     def __enter__(self) -> None:
@@ -154,7 +154,7 @@ def measure(build: Callable[[], nn.Module], size: tuple[int, int], channels: int
         activations = _Activations(images, [*net.parameters(), *net.buffers()])
         flops = FlopCounterMode(display=False)
         # no_grad, not inference_mode: under the latter composite operations (linear, batch_norm) arrive whole.
-        with _AttentionInTheOpen(), torch.no_grad(), flops, elementwise, activations:
+        with AttentionInTheOpen(), torch.no_grad(), flops, elementwise, activations:
             net(images)
     macs = flops.get_total_flops() // 2
     return Cost(

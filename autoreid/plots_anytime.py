@@ -77,11 +77,14 @@ def examples(
     gallery: Sequence[Sample],
     title: str,
     name_of: Callable[[int], str] = str,
+    confidence: str = "distance",
 ) -> Figure:
     """A row per query: its picture and its identity as ``name_of`` has it, then what the gallery answers first at the exit
-    where it left. Frames as in ``plots.ranked_lists``. Above those that left at the first exit, below those of the last."""
+    where it left. Frames as in ``plots.ranked_lists``. Above those that left at the first exit, below those of the last:
+    the surest and the least sure by this confidence, of "random" any."""
+    of_easy, of_hard = ("the surest", "the least sure at the first") if confidence != "random" else ("by chance",) * 2
     groups = [(name, lists) for name, lists in (
-        ("Left at the first exit, the surest", easy), ("Went to the last exit, the least sure at the first", hard),
+        (f"Left at the first exit, {of_easy}", easy), (f"Went to the last exit, {of_hard}", hard),
     ) if lists]
     count, depth = len(easy) + len(hard), max((len(ranked.gallery) for _, lists in groups for ranked in lists), default=1)
     figure = new_figure(1.05 * (depth + 1) + 0.6, 2.2 * max(1, count) + 0.5 * len(groups) + 0.8, layout="constrained")

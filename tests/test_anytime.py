@@ -220,11 +220,14 @@ def test_no_decision_looks_into_the_future(kind):
 @pytest.mark.parametrize("kind", ["distance", "random"])
 @pytest.mark.parametrize("budget", [0.7e9, 1.5e9, 2.4e9])
 def test_the_mean_cost_tends_to_the_budget(kind, budget, levels):
-    costs, errors = np.array(PUBLISHED), []
-    for count in (50, 6000):
-        left = route(sure(count, levels=levels), anytime.decider(kind, shares_for(kind, PUBLISHED, budget).q))
-        errors.append(abs(costs[left - 1].mean() / budget - 1))
-    assert errors[1] < 0.02
+    costs, q = np.array(PUBLISHED), shares_for(kind, PUBLISHED, budget).q
+
+    def error(count, streams):
+        lefts = [route(sure(count, 4, seed, levels), anytime.decider(kind, q, seed)) for seed in range(streams)]
+        return np.mean([abs(costs[left - 1].mean() / budget - 1) for left in lefts])
+
+    short, long = error(50, 20), error(5000, 2)
+    assert long < short / 2 and long < 0.01
 
 
 def test_easy_queries_leave_first():
@@ -399,6 +402,64 @@ def test_a_stream_s_row(answers):
     json.dumps(dear, allow_nan=False)
 
 
+# ---------------------------------------------------------------------------------------- measured time
+def test_in_four_turns_each_way_stands_in_each_place_and_behind_each_other():
+    turns = [anytime.in_turn(turn) for turn in range(4)]
+    assert all(sorted(turn) == sorted(anytime.WAYS) for turn in turns) and anytime.in_turn(4) == turns[0]
+    for way in anytime.WAYS:
+        assert sorted(turn.index(way) for turn in turns) == [0, 1, 2, 3]
+    behind = [pair for turn in turns for pair in zip(turn, turn[1:], strict=False)]
+    assert len(set(behind)) == len(behind) == 12
+    assert anytime.PASSES == 4  # of which each picture sees every turn
+
+
+class Clock:
+    """Counts a second for each stage that runs and, on top, what depends on the place since the picture was read alone."""
+
+    PLACES = (70.0, 3.0, 11.0, 40.0)
+
+    def __init__(self, net):
+        self.now, self.place, self.running = 0.0, 0, False
+        for module in net.backbone.layers:
+            module.register_forward_hook(lambda *_: self.tick(1.0))
+
+    def tick(self, seconds):
+        self.now += seconds
+
+    def read(self, *arguments):
+        self.place = 0
+        return anytime_load_images(*arguments)
+
+    def perf_counter(self):
+        if self.running:
+            self.now += self.PLACES[self.place]
+            self.place += 1
+        self.running = not self.running
+        return self.now
+
+
+anytime_load_images = anytime.load_images
+
+
+@pytest.mark.parametrize(("q", "stages"), [((0, 0, 0, 1), 4), ((0, 1, 1, 1), 2), ((0.5, 0.4, 0.5, 1), None)])
+def test_ways_of_equal_work_take_equal_time_whatever_their_place(answers, monkeypatch, q, stages):
+    net = a_net()[0]
+    clock = Clock(net)
+    monkeypatch.setattr(anytime, "time", clock)
+    monkeypatch.setattr(anytime, "load_images", clock.read)
+    found = anytime.time_stream(net, answers, "distance", q, SIZE, 7, seed=3)
+    assert (found["queries"], found["passes"]) == (7, 4)
+    order = order_of(answers.queries, 3)[:7]
+    left = route(answers.confidences("distance")[order], Quantiles(q))
+    assert found["left"] == np.bincount(left, minlength=5)[1:].tolist()
+    assert stages is None or set(left.tolist()) == {stages}
+    every = np.median(anytime.PASSES * [Clock.PLACES], axis=1)[0]  # of each query and way alike
+    for way in ("stream", "stream_network"):
+        assert found[f"{way}_ms"]["mean"] == pytest.approx(1e3 * (every + left.mean()))
+    for way in ("full", "full_network"):
+        assert found[f"{way}_ms"] == pytest.approx({"mean": 1e3 * (every + 4), "median": 1e3 * (every + 4), "iqr": 0})
+
+
 def test_streams_that_have_no_meaning(splits):
     net = a_net()[0]
     with pytest.raises(UserError, match="^protocol 'cuhk03-classic' draws its gallery anew, and a stream compares every "
@@ -418,10 +479,12 @@ def test_draws_keep_their_seed():
 
 
 # ---------------------------------------------------------------------------------------- the command
-def written(path, options, name="resnet18", seed=0):
+def written(path, options, name="resnet18", seed=0, size=SIZE, **training):
     net, spec = a_net(options, name, seed)
-    save_weights(path, net, spec, input=list(SIZE), mean=IMAGENET_MEAN, std=IMAGENET_STD, dataset="market", recipe="r",
-                 seed=0, init="scratch", name=path.stem)
+    said = {"recipe": "r", "seed": 0, "init": "scratch", **training}
+    origin = {"origin": {"trained_on": "market", "train_fingerprint": "one", **said}} if training else {}
+    save_weights(path, net, spec, mean=IMAGENET_MEAN, std=IMAGENET_STD, dataset="market", name=path.stem,
+                 input=list(size), **{key: said[key] for key in ("recipe", "seed", "init")}, **origin)
     return str(path)
 
 
@@ -440,8 +503,8 @@ def words(capsys, *argv):
 
 def test_the_curve_the_ensemble_and_the_pictures(weights, root, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    against = [written(tmp_path / f"{name}.safetensors", {"stem": 3, "width": width})
-               for name, width in (("large", 8), ("small", 4))]
+    against = [written(tmp_path / f"{name}.safetensors", {"stem": 3, "width": width}, seed=seed, recipe=recipe)
+               for name, width, seed, recipe in (("large", 8, 0, "r"), ("small", 4, 0, "q"))]
     command = ["anytime", weights, "--dataset", "market", "--root", str(root), "--timed", "6", "--json"]
     assert main([*command, "--against", *against]) == 0
     out, err = capsys.readouterr()
@@ -466,9 +529,13 @@ def test_the_curve_the_ensemble_and_the_pictures(weights, root, tmp_path, capsys
     assert record["fusion"] == pytest.approx([0.25] * 4) and record["queries"] == {"total": 16, "scored": 16}
     assert record["protocol"] == "market1501" and record["weights"]["file"] == "net-s0.safetensors"
     assert torch.__version__.startswith(record["environment"]["torch"]) and record["evaluation_seed"] == 0
+    different = ("trained otherwise than the network with the exits: recipe q instead of r; the two curves differ by that "
+                 "too")
+    assert record["warnings"] == [f"small.safetensors: {different}"]  # and nothing is refused
+    assert [line for line in err.splitlines() if "warning" in line] == [f"warning: {against[1]}: {different}"]
     [following] = [line for line in err.splitlines() if line.startswith("next: ")]
-    proposed = shlex.split(following[following.index("autoreid") :])
-    assert build_parser().parse_args(proposed[1:]).budget > costs[0].macs_run
+    proposed = build_parser().parse_args(shlex.split(following[following.index("autoreid") :])[1:])
+    assert proposed.budget > costs[0].macs_run and proposed.against == against  # or the ensemble would be lost
     assert words(capsys, *command) == (
         "autoreid: results/market/net-s0-anytime/anytime.json is there already: add --overwrite to replace it, or give "
         "another --out")
@@ -502,7 +569,46 @@ def test_one_budget_as_a_table(weights, root, tmp_path, capsys, monkeypatch):
     assert re.search(r"measured on cpu, 2 queries one by one \(distance, budget 9,000,000,000\): [\d.]+ ms \(median "
                      r"[\d.]+\) per query on average, .* left at the exits: 0, 0, 0, 2$", out, re.M)
     assert f"warning: the budget of 9,000,000,000 covers the last exit ({costs[-1].macs_run:,}): every query goes" in err
-    assert json.loads(Path("any/market/net-s0-anytime/anytime.json").read_text())["streams"][0]["left"] == [0, 0, 0, 1]
+    record = json.loads(Path("any/market/net-s0-anytime/anytime.json").read_text())
+    assert record["streams"][0]["left"] == [0, 0, 0, 1]
+    assert record["warnings"] == [f"the budget of 9,000,000,000 covers the last exit ({costs[-1].macs_run:,}): every query "
+                                  "goes there"]
+
+
+def test_members_trained_otherwise_are_named(splits, tmp_path):
+    ours = {"trained_on": "market", "train_fingerprint": "one", "recipe": "r", "seed": 0, "init": "scratch",
+            "input": "32x16"}
+    pooled = {"stem": 3, "width": 4}
+    paths = [
+        written(tmp_path / "same.safetensors", pooled, seed=1, init="scratch"),
+        written(tmp_path / "other.safetensors", pooled, seed=2, trained_on="duke", train_fingerprint="two", recipe="q",
+                init="imagenet", size=(48, 16)),
+        written(tmp_path / "seed.safetensors", pooled, seed=3, **{"train_fingerprint": "two"}),
+        written(tmp_path / "old.safetensors", pooled, seed=4),  # does not tell its lists of images
+    ]
+    exits = written(tmp_path / "exits.safetensors", TINY, init="scratch")
+    said = {Path(member.path).stem: list(member.warnings) for member in anytime._ascending(paths, exits, ours, splits)}
+    begin, end = "trained otherwise than the network with the exits: ", "; the two curves differ by that too"
+    assert said == {
+        "same": [], "old": [], "seed": [f"{begin}train_fingerprint two instead of one{end}"],
+        "other": [f"{begin}trained_on duke instead of market, train_fingerprint two instead of one, recipe q instead of r, "
+                  f"init imagenet instead of scratch, input 48x16 instead of 32x16{end}"],
+    }
+    assert anytime._differences(ours, {**ours, "seed": 1}) == [f"{begin}seed 1 instead of 0{end}"]
+
+
+def test_examples_by_chance_say_so(weights, splits, monkeypatch):
+    monkeypatch.setattr(anytime.cost, "latency", lambda *_, **options: {})
+    costs = [c.macs_run for c in exit_costs(find_model("resnet18", TINY), SIZE)]
+    for kind, easy in (("random", "by chance"), ("distance", "the surest")):
+        found = anytime.study(weights, splits, budget=(costs[0] + costs[1]) / 2, confidences=[kind], timed=0)
+        assert found.confidence == kind and found.easy
+        figure = plots_anytime.examples(*found[2:6], "title", confidence=found.confidence)
+        assert figure.subfigs[0].get_suptitle() == f"Left at the first exit, {easy}"
+        if kind == "random":
+            shown, order = [ranked.query for ranked in found.easy], order_of(len(splits.query), 0).tolist()
+            left = run_stream(np.zeros((len(order), 4)), kind, bracket_budget(costs, (costs[0] + costs[1]) / 2).q)
+            assert shown == [i for i in order if left[i] == 1][: anytime.SHOWN]
 
 
 def test_mistakes_are_one_line_before_any_picture_is_read(weights, root, tmp_path, capsys, monkeypatch):
@@ -525,6 +631,12 @@ def test_mistakes_are_one_line_before_any_picture_is_read(weights, root, tmp_pat
     assert words(capsys, "anytime", "gone.safetensors", *there).startswith("autoreid: no weights at gone.safetensors:")
     assert words(capsys, "anytime", weights, *there, "--against", "gone.safetensors").startswith(
         "autoreid: no weights at gone.safetensors:")
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(Path(pooled).read_bytes())
+    for given, before in (([pooled, str(copy)], pooled), ([pooled, pooled], pooled), ([pooled, weights], weights)):
+        assert words(capsys, "anytime", weights, *there, "--against", *given) == (
+            f"autoreid: --against {given[-1]}: the same weights as {before}; an ensemble is of networks trained "
+            "separately: give each once, and not the one with the exits")
     assert words(capsys, "anytime", weights, *there, "--protocol", "cuhk03-classic").startswith(
         "autoreid: protocol 'cuhk03-classic' draws its gallery anew")
     assert not Path("results").exists()
@@ -555,6 +667,9 @@ def test_the_pictures_say_what_they_show(answers, splits, tmp_path):
     assert titles == ["Left at the first exit, the surest", "Went to the last exit, the least sure at the first"]
     assert len(figure.subfigs[0].axes) == 2 * len(figure.subfigs[1].axes)
     assert figure.subfigs[0].axes[0].get_title().startswith(f"{splits.query[0].identity}\nAP ")
+    figure = plots_anytime.examples(easy, hard, answers.asking, answers.answering, "who left where", confidence="random")
+    assert [block.get_suptitle() for block in figure.subfigs] == [
+        "Left at the first exit, by chance", "Went to the last exit, by chance"]
     nobody = plots_anytime.examples([], [], answers.asking, answers.answering, "none")
     assert "no query left at the first exit, none went to the last" in [text.get_text() for text in nobody.texts]
     only = plots_anytime.examples([], hard, answers.asking, answers.answering, "one")

@@ -61,6 +61,9 @@ SMALL = {  # the README's commands are for real data and a GPU; these make them 
                "--set", "images=2"],
     "retrain": ["--epochs", "1", "--input", "32x16", "--set", "identities=3", "--set", "images=2"],
     "cost": ["--no-latency"],
+    "compress": ["--methods", "slice,pca", "--dims", "32", "--epochs", "1", "--input", "32x16", "--set", "identities=3", "--set",
+                 "images=2"],
+    "export": ["--min-cosine", "0"],  # of a network of one epoch
     "tune": ["--trials", "1", "--fields", "flip", "--panel", "resnet18:stem=3:width=4", "--epochs", "1", "--input", "32x16",
              "--set", "identities=2", "--set", "images=2"],
 }  # fmt: skip
@@ -90,6 +93,7 @@ def test_the_readmes_own_data_section_runs_from_top_to_bottom(tmp_path, monkeypa
     features = {"features": np.eye(2, dtype=np.float32), "identities": np.array([1, 2])}
     np.savez("query.npz", **features, cameras=np.array([1, 1]))
     np.savez("gallery.npz", **features, cameras=np.array([2, 2]))
+    planted.Image.fromarray(planted.texture(rng, 3)).save("query.jpg")
     model = {"model": "resnet18", "set": {"stem": 3, "width": 4}}
     Path("panel.json").write_text(json.dumps({
         "models": [model], "datasets": ["market"], "seeds": [0], "recipe": "drawn",

@@ -62,7 +62,7 @@ class ViT(nn.Module):
                 f"{_nearest(height)} x {_nearest(width)}"
             )
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)  # B x n x C
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1)
         x = tokens + resize_positions(self.encoder.pos_embedding, self.grid, (height // PATCH, width // PATCH))
         depth = len(self.encoder.layers)
         for number, layer in enumerate(self.encoder.layers, 1):
