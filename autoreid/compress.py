@@ -8,11 +8,13 @@ not made again.
 
 from __future__ import annotations
 
+import functools
 import glob
+import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +26,21 @@ from autoreid.compression import PCA, ProductQuantiser, bytes_of, check_axes
 from autoreid.errors import UserError, unknown
 from autoreid.evaluate import Evaluation, extract
 from autoreid.neighbours import dequantise, import_faiss, measure_search, quantise, scale_of
-from autoreid.network import ModelSpec, load_weights
+from autoreid.network import ModelSpec, check_same, load_weights, wrote
 from autoreid.options import read_json, require
 from autoreid.pretrained import sha256_of
 from autoreid.recipe import Recipe, step_of_pruning
-from autoreid.runs import environment, folder_name, forget_peak_memory, say, write_json
-from autoreid.train import again, measure, retrain
+from autoreid.runs import (
+    Preempted,
+    Run,
+    asked_to_stop,
+    environment,
+    folder_name,
+    forget_peak_memory,
+    say,
+    write_json,
+)
+from autoreid.train import TESTED, again, check_start, measure, retrain
 
 TRAINED = ("full", "slice", "low-rank", "prune")
 FITTED = ("pca", "pq", "int8", "cut")  # to the embeddings of a trained network, without training
@@ -134,27 +145,104 @@ def train(
     parts = 2 if spec.head.get("head") == "streams" else 1
     sizes = default_sizes(dims, parts) if sizes is None else sizes
     jobs = jobs_of(spec, methods, sizes, int8)
-    if "pca" in methods:  # before anything is trained
-        check_axes(max(sizes, default=1), dims, len(data.load(dataset, options.get("root"), parts=("train",)).train))
     folder = Path(out) / folder_name(dataset) / group_of(spec)
-    overwrite, init = options.pop("overwrite", False), options.pop("init", "scratch")
+    overwrite, init, root = options.pop("overwrite", False), options.pop("init", "scratch"), options.get("root")
+    # Before anything is trained or taken away.
+    splits = data.load(dataset, root)
+    if "pca" in methods:
+        check_axes(max(sizes, default=1), dims, len(splits.train))
+    check_starts(jobs, init)
+    start = check_start(jobs[0].spec if jobs else spec, recipe, init)
+    asked = {"dataset": splits.name, **fingerprints(splits), "input": list(recipe.input), "views": recipe.views,
+             "recipe": recipe.key(), **start}
+    check_folder(folder, spec.label, jobs, asked, recipe, seed, overwrite)
+    if overwrite:  # all of it now: started again without the option, the command trains what is then missing
+        clear(folder, spec.label, jobs, seed)
     for number, job in enumerate(jobs, 1):
         say(f"{job.name}, seed {seed}: {number} of {len(jobs)}")
         forget_peak_memory()
         larger = folder / f"{job.larger.name}-s{seed}.safetensors" if job.larger else None
         retrain(
             job.spec, dataset, step_of_pruning(recipe) if larger else recipe, out, seed=seed, name=job.name,
-            group=group_of(spec), init="scratch" if larger else init, prune=larger, resume=not overwrite,
-            overwrite=overwrite, **options,
+            group=group_of(spec), init="scratch" if larger else init, prune=larger, resume=True, **options,
         )
     fitted = [method for method in methods if method in FITTED]
     full = folder / f"{spec.label}-s{seed}.safetensors"
     if fitted and not full.is_file():
         say(f"{', '.join(fitted)} left out: {full} is gone; --overwrite trains it anew")
     elif fitted:
-        fit_all(full, dataset, folder, methods=fitted, sizes=sizes, int8=int8,
-                root=options.get("root"), device=options.get("device", "cpu"), views=recipe.views, overwrite=overwrite)
+        fit_all(full, dataset, folder, methods=fitted, sizes=sizes, int8=int8, root=root,
+                device=options.get("device", "cpu"), views=recipe.views)
     return folder
+
+
+def fingerprints(splits: data.Splits) -> dict[str, str]:
+    """Of the images that are evaluated on and of those trained on, by the names that results have for them."""
+    return {"fingerprint": data.fingerprint(splits, TESTED), "train_fingerprint": data.fingerprint(splits, ("train",))}
+
+
+def check_starts(jobs: Sequence[Job], init: str) -> None:
+    """Raises UserError where ``init`` is a file of ours, but not the weights of every network that is to begin with it."""
+    misfits: list[tuple[str, UserError]] = []
+    begun = [job for job in jobs if job.larger is None] if wrote(init) else []
+    for job in begun:
+        with torch.device("meta"):
+            net = job.spec.build()
+        try:
+            check_same(net, init)
+        except UserError as fault:
+            misfits.append((job.name, fault))
+    if misfits and len(misfits) == len(begun):
+        raise misfits[0][1]
+    if misfits:
+        raise UserError(f"--init {init}: {', '.join(name for name, _ in misfits)} cannot begin with these weights, having "
+                        "tensors of other shapes or more of them; leave these out by --methods and --int8, or give the "
+                        "file in the model's place to compress it without training")
+
+
+def check_folder(
+    folder: Path, label: str, jobs: Sequence[Job], asked: Mapping[str, Any], recipe: Recipe, seed: int, overwrite: bool
+) -> None:
+    """Raises UserError where the runs and results in ``folder`` are not of the question that is asked: those that will be
+    gone on with, and those of other seeds and methods, which :func:`summary` sets beside them."""
+    for job in () if overwrite else jobs:
+        run = folder / f"{job.name}-s{seed}"
+        if not (run / "config.json").is_file():
+            continue
+        before = read_json(run / "config.json", "run configuration")
+        now, then = asdict(step_of_pruning(recipe) if job.larger else recipe), dict(before.get("recipe") or {})
+        if job.larger is None:
+            for key in ("init", "init_file", "init_sha256"):
+                now[key], then[key] = asked.get(key), before.get(key)
+        for key, value in json.loads(json.dumps(now)).items():
+            if then.get(key) != value:
+                raise UserError(f"{run} was started with {key}={then.get(key)}, now {key}={value}: give the same options, "
+                                "--overwrite to start anew, or write elsewhere with --out")
+        if job.larger:
+            source = {"init_file": before.get("init_file")}
+            _one_chain([Found("prune", job.dims, "", seed, run.name, source)], {(job.dims, ""): job.larger.name})
+            weights = folder / f"{job.larger.name}-s{seed}.safetensors"
+            if weights.is_file() and sha256_of(weights) != before.get("init_sha256"):
+                raise UserError(f"{run} was pruned from other weights than {weights.name} there: --overwrite trains both "
+                                "anew; or write elsewhere with --out")
+    anew = {f"{job.name}-s{seed}" for job in jobs} if overwrite else set()
+    found = [f for f in records_of(folder, label)
+             if f.name not in anew and not (overwrite and f.seed == seed and f.method in FITTED)]
+    _one_question(folder, [*found, Found("full", 0, "", seed, "", dict(asked))])
+    _one_chain(found, {(job.dims, "int8" if job.int8 else "float32"): job.larger.name for job in jobs if job.larger})
+
+
+def clear(folder: Path, label: str, jobs: Sequence[Job], seed: int) -> None:
+    """Take away the runs and results of these trainings, and of this seed what is fitted to the full embedding."""
+    fitted = [folder / f"{f.name}.json" for f in records_of(folder, label) if f.seed == seed and f.method in FITTED]
+    parallel.wait()  # until every process has looked
+    if parallel.is_first():
+        for path in fitted:
+            path.unlink(missing_ok=True)
+        for job in reversed(jobs):  # none stays whose beginning is gone
+            name = f"{job.name}-s{seed}"
+            Run.clear(folder / name, [folder / f"{name}.json", folder / f"{name}.safetensors"])
+    parallel.wait()
 
 
 # ---------------------------------------------------------------------------------------- without training
@@ -167,40 +255,48 @@ class Fitted(NamedTuple):
     gallery: Tensor  # as decoded
 
 
-def fits_of(
-    train: Tensor, query: Tensor, gallery: Tensor, methods: Sequence[str], sizes: Sequence[int], int8: str
-) -> Iterator[Fitted]:
-    """PCA, the first dimensions alone ("cut"), int8 codes and product quantisers, all fitted to training embeddings N x D.
-
-    int8 has one scale, the largest absolute value of the training embeddings over 127: larger ones are clipped. PQ has as
-    many bytes as ``sizes`` say, up to half of the dimensions.
-    """
-    full = train.shape[1]
-
-    def both(name: str, here: Tensor, asking: Tensor, answering: Tensor, floats: bool = True) -> Iterator[Fitted]:
-        dims = here.shape[1]
-        if floats and int8 != "only":
-            stored = {"dims": dims, "dtype": "float32", "bytes": bytes_of(dims), "shared_bytes": 0}
-            yield Fitted(name, stored, asking, answering)
-        if int8 != "no":
-            scale = scale_of(here)
-            coded = [dequantise(quantise(x, scale), scale) for x in (asking, answering)]
-            stored = {"dims": dims, "dtype": "int8", "bytes": bytes_of(dims, "int8"), "shared_bytes": 4}
-            yield Fitted(f"{name}-int8" if floats else name, stored, *coded)
-
-    if "int8" in methods:
-        yield from both("after-int8", train, query, gallery, floats=False)
-    for size in sorted(sizes, reverse=True):
-        if "pca" in methods:
-            pca = PCA.fit(train, size)
-            yield from both(f"pca{size}", pca(train), pca(query), pca(gallery))
-        if "cut" in methods:
-            yield from both(f"cut{size}", train[:, :size], query[:, :size], gallery[:, :size])
+def names_of_fits(full: int, methods: Sequence[str], sizes: Sequence[int], int8: str) -> list[str]:
+    """What the methods without training are to make of an embedding of ``full`` dimensions, by the names of the records.
+    A product quantiser has at most half as many bytes."""
+    found = ["after-int8"] if "int8" in methods and int8 != "no" else []
+    for size in sorted(set(sizes), reverse=True):
+        for method in ("pca", "cut"):
+            if method in methods:
+                found += [f"{method}{size}"] * (int8 != "only") + [f"{method}{size}-int8"] * (int8 != "no")
         if "pq" in methods and size <= max(1, full // 2):
+            found.append(f"pq{size}")
+    return found
+
+
+def fits_of(train: Tensor, query: Tensor, gallery: Tensor, names: Sequence[str]) -> Iterator[Fitted]:
+    """PCA, the first dimensions alone ("cut"), int8 codes and product quantisers, all fitted to training embeddings N x D;
+    ``names`` as of :func:`names_of_fits`.
+
+    int8 has one scale, the largest absolute value of the training embeddings over 127: larger ones are clipped.
+    """
+    split = {name: re.split(r"(\d+)", name.removesuffix("-int8")) for name in names}
+    largest = max((int(parts[1]) for parts in split.values() if parts[0] == "pca"), default=0)
+    pca = PCA.fit(train, largest) if largest else None
+    for name, (method, *rest) in split.items():
+        size = int(rest[0]) if rest else train.shape[1]
+        if method == "pq":
             coder = ProductQuantiser.fit(train, size)
             decoded = coder.decode(coder.codes(gallery)).to(gallery.device)
-            stored = {"dims": full, "dtype": "pq", "bytes": size, "shared_bytes": coder.shared_bytes}
-            yield Fitted(f"pq{size}", stored, query, decoded)
+            stored = {"dims": train.shape[1], "dtype": "pq", "bytes": size, "shared_bytes": coder.shared_bytes}
+            yield Fitted(name, stored, query, decoded)
+            continue
+        here, asking, answering = train, query, gallery
+        if method == "pca" and pca is not None:
+            axes = PCA(pca.mean, pca.axes[:, :size].contiguous())
+            here, asking, answering = axes(train), axes(query), axes(gallery)
+        elif method == "cut":
+            here, asking, answering = train[:, :size], query[:, :size], gallery[:, :size]
+        dtype = "int8" if name.endswith("-int8") else "float32"
+        if dtype == "int8":
+            scale = scale_of(here)
+            asking, answering = (dequantise(quantise(x, scale), scale) for x in (asking, answering))
+        stored = {"dims": size, "dtype": dtype, "bytes": bytes_of(size, dtype), "shared_bytes": 4 if dtype == "int8" else 0}
+        yield Fitted(name, stored, asking, answering)
 
 
 def fit_all(
@@ -217,10 +313,14 @@ def fit_all(
     overwrite: bool = False,
 ) -> None:
     """Compress a trained network's embeddings without training: a record of each in ``folder``, and one of the network as
-    it is where there is none. What is there already, of the same weights, is not made again.
+    it is where there is none. What is there already, of the same weights and images, is not made again; each record is
+    written as soon as it is made, and SIGTERM stops between two (``Preempted``).
 
-    Everything is fitted to the embeddings of ``dataset``'s training images. Raises UserError: unknown methods or sizes.
+    Everything is fitted to the embeddings of ``dataset``'s training images. Raises UserError: unknown methods or sizes;
+    records of other weights or images in ``folder``, unless they are of a network that was trained there before.
     """
+    if not methods:
+        raise UserError(f"no method is given; known: {', '.join(FITTED)}")
     for method in methods:
         if method not in FITTED:
             raise UserError(f"--methods {method}: trained weights are compressed without training; allowed: "
@@ -233,38 +333,58 @@ def fit_all(
     sizes = default_sizes(net.dims) if sizes is None else sizes
     for k in sizes:
         require(1 <= k < net.dims, "--dims", k, f"1 to {net.dims - 1}: {weights.name} has embeddings of {net.dims}")
-    origin = {"file": weights.name, "sha256": sha256_of(weights), "methods": sorted(methods), "sizes": sorted(sizes),
-              "int8": int8, "views": views}
-    list_of = folder / f"{name}-s{seed}-fitted.json"
-    before = read_json(list_of, "list") if list_of.is_file() else {"of": {}, "files": []}
-    if not overwrite and before["of"] == origin and all((folder / file).is_file() for file in before["files"]):
+    splits = data.load(dataset, root)
+    if "pca" in methods:
+        check_axes(max(sizes, default=1), net.dims, len(splits.train))
+    names = names_of_fits(net.dims, methods, sizes, int8)
+    if "pq" in methods and (wide := [str(k) for k in sizes if f"pq{k}" not in names]):
+        say(f"pq of {', '.join(wide)} bytes left out: a product quantiser of {net.dims} dimensions has at most "
+            f"{max(1, net.dims // 2)} here")
+    prints = fingerprints(splits)
+    origin = {"file": weights.name, "sha256": sha256_of(weights), "fitted_on": len(splits.train),
+              "train_fingerprint": prints["train_fingerprint"]}
+    own = weights.parent == folder and weights.with_suffix(".json").is_file()  # trained there
+    there = {path: record for path in sorted(folder.glob(f"{glob.escape(name)}*-s{seed}.json" if own else "*.json"))
+             if "made_from" in (record := read_json(path, "result"))}
+    stale = [path for path, record in there.items()
+             if any(record["made_from"].get(key) != origin[key] for key in ("sha256", "train_fingerprint"))
+             or (record["fingerprint"], record["views"]) != (prints["fingerprint"], views)]
+    if stale and not (own or overwrite):
+        raise UserError(f"{stale[0]} is of other weights than {weights}, or of another dataset than is asked for: "
+                        "--overwrite replaces what is there, or write elsewhere with --out")
+    wanted = {folder / f"{name}-{fit}-s{seed}.json": fit for fit in names}
+    whole_file = folder / f"{name}-s{seed}.json"
+    if stale:
+        say(f"{', '.join(path.stem for path in stale)} taken away: made of other weights than {weights} or other images")
+    if overwrite:
+        stale += [path for path in there if path not in stale and (path in wanted or path == whole_file)]
+    todo = {fit: path for path, fit in wanted.items() if path not in there or path in stale}
+    if not todo and (own or (whole_file in there and whole_file not in stale)):
         say(f"{', '.join(methods)} of {weights.name}: there already")
         return
-    stale = before["of"].get("sha256") != origin["sha256"]
-    splits = data.load(dataset, root)
+    parallel.wait()  # until every process has looked
+    if parallel.is_first():
+        for path in stale:
+            path.unlink(missing_ok=True)
     size = (int(header["input"][0]), int(header["input"][1]))
-    how = Evaluation(views=views)
     net.to(device)
-    whole, extracted = measure(net, ModelSpec.from_dict(header["model"]), name, splits, size, device=device, how=how)
+    whole, extracted = measure(net, ModelSpec.from_dict(header["model"]), name, splits, size, device=device,
+                               how=Evaluation(views=views))
     say(f"embeddings of {len(splits.train)} training images")
     train_features = extract(net, splits.train, size, device, views=views).to(extracted.query.device)
     whole |= again(weights, header, splits) | {"model": name}
-    trained_here = weights.parent == folder and weights.with_suffix(".json").is_file()
-    records = {} if trained_here else {f"{name}-s{seed}.json": whole}
-    for fitted in fits_of(train_features, extracted.query, extracted.gallery, methods, sizes, int8):
+    if not own and parallel.is_first():
+        write_json(whole_file, {**whole, "made_from": origin})
+    for fitted in fits_of(train_features, extracted.query, extracted.gallery, list(todo)):
         metrics = replace(extracted, query=fitted.query, gallery=fitted.gallery).metrics()
         figures = {key: value for key, value in metrics.to_dict().items() if key not in ("total", "scored", "protocol")}
         say(f"{fitted.name}: mAP {100 * metrics.mAP:.1f} %")
-        records[f"{name}-{fitted.name}-s{seed}.json"] = {
-            **whole, "model": f"{name}-{fitted.name}", "embedding": fitted.embedding, **figures,
-            "made_from": {"file": weights.name, "sha256": origin["sha256"], "fitted_on": len(train_features)},
-        }
-    if parallel.is_first():
-        for file in before["files"] if stale else ():  # of weights that are no more
-            (folder / file).unlink(missing_ok=True)
-        for file, record in records.items():
-            write_json(folder / file, record)
-        write_json(list_of, {"of": origin, "files": sorted({*records, *(() if stale else before["files"])})})
+        if parallel.is_first():
+            write_json(todo[fitted.name], {**whole, "model": f"{name}-{fitted.name}", "embedding": fitted.embedding,
+                                           **figures, "made_from": origin})
+        if asked_to_stop():
+            raise Preempted
+    parallel.wait()  # until all is written that will be read
 
 
 # ---------------------------------------------------------------------------------------- side by side
@@ -272,35 +392,97 @@ METHOD_OF = {"": "full", "slice": "slice", "lowrank": "low-rank", "prune": "prun
              "after": "int8", "cut": "cut"}
 
 
-def summary(folder: Path, label: str, dataset: str) -> dict[str, Any]:
-    """The records of a folder side by side: a row for each method, size and type over the seeds that are there.
+class Found(NamedTuple):
+    """A record in the folder. ``size``: dimensions, of a product quantiser bytes."""
 
-    Rows of method, dims, dtype, bytes, ratio (to the full float32 embedding), seeds, mAP and rank1 (the mean, and the
-    sample standard deviation where there are two seeds), change (of mAP against the full float32 one, the mean over the
-    seeds that both have), epochs (with those of the networks that a pruned one began with). Raises UserError: no record,
-    or records that are not of one question.
-    """
-    found: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = {}
+    method: str
+    size: int
+    dtype: str
+    seed: int
+    name: str  # of the file, without .json
+    record: dict[str, Any]
+
+
+def records_of(folder: Path, label: str) -> list[Found]:
+    """The records of a model in its folder, by the names of the files."""
     pattern = re.compile(re.escape(label) + r"(?:-(slice|lowrank|prune|pca|pq|after|cut)(\d*))?(?:-int8)?-s(\d+)\.json")
+    found = []
     for path in sorted(folder.glob("*.json")):
         if match := pattern.fullmatch(path.name):
             record = read_json(path, "result")
             method, embedding = METHOD_OF[match[1] or ""], record["embedding"]
             size = embedding["bytes"] if method == "pq" else embedding["dims"]
-            found.setdefault((method, size, embedding["dtype"]), {})[int(match[3])] = record
-    if not found:
-        raise UserError(f"{folder} holds no results of {label}: `autoreid compress {label} --dataset {dataset}` makes them")
-    records = [record for of_seed in found.values() for record in of_seed.values()]
-    for field in ("dataset", "fingerprint", "protocol", "input", "views"):
-        values = sorted({str(record.get(field)) for record in records})
+            found.append(Found(method, size, embedding["dtype"], int(match[3]), path.stem, record))
+    return found
+
+
+def replaced(folder: Path, found: Sequence[Found]) -> list[Found]:
+    """Those that were pruned from weights, or fitted to weights, that are no longer the ones in the folder; and what was
+    pruned from these. Where the weights are not there the record is believed."""
+    by_name, digest = {f.name: f.record for f in found}, functools.cache(sha256_of)
+
+    def gone(name: str) -> bool:
+        record = by_name[name]
+        made = record.get("made_from") or {"file": record.get("init_file"), "sha256": record.get("init_sha256")}
+        if made["file"] is None or not ("made_from" in record or record.get("init") == "pruned"):
+            return False
+        weights = folder / made["file"]
+        if weights.is_file() and digest(weights) != made["sha256"]:
+            return True
+        return weights.stem != name and weights.stem in by_name and gone(weights.stem)
+
+    return [f for f in found if gone(f.name)]
+
+
+def _one_question(folder: Path, found: Sequence[Found]) -> None:
+    """Raises UserError where the records differ in what makes them comparable. A pruned network's recipe and start are
+    its chain's."""
+    chains = ("recipe", "init", "init_sha256")
+    for field in ("dataset", "fingerprint", "train_fingerprint", "protocol", "input", "views", *chains):
+        values = sorted({str(f.record[field]) for f in found
+                         if field in f.record and not (f.method == "prune" and field in chains)})
         if len(values) > 1:
-            raise UserError(f"{folder}: results of {field} {' and '.join(values)} lie side by side; make them anew with "
-                            "--overwrite, or write elsewhere with --out")
-    recipes = {record["recipe"] for (method, _, _), of_seed in found.items() for record in of_seed.values()
-               if method != "prune"}
-    if len(recipes) > 1:
-        raise UserError(f"{folder}: results of the recipes {' and '.join(sorted(recipes))} lie side by side; make them "
-                        "anew with --overwrite, or write elsewhere with --out")
+            raise UserError(f"{folder}: results of {field} {' and '.join(values)} would stand side by side; write "
+                            "elsewhere with --out, or take the old ones away (--overwrite does, of what --methods, --dims "
+                            "and --seed ask for)")
+
+
+def _one_chain(found: Sequence[Found], asked: Mapping[tuple[int, str], str]) -> None:
+    """Raises UserError where networks of a size were pruned from another than is ``asked``, or than another seed's was."""
+    sources = dict(asked)
+    for f in found:
+        if f.method == "prune" and (file := f.record.get("init_file")):
+            source = re.sub(r"-s\d+\.safetensors$", "", file)
+            wanted = sources.setdefault((f.size, f.dtype), source)
+            if source != wanted:
+                other = "asked is" if (f.size, f.dtype) in asked else "another seed's was"
+                raise UserError(f"{f.name} was pruned from {source} there, {other} from {wanted}: pruning goes through the "
+                                "sizes one by one; give the first run's --dims, or another --out")
+
+
+def summary(folder: Path, label: str, dataset: str) -> dict[str, Any]:
+    """The records of a folder side by side: a row for each method, size and type over the seeds that are there.
+
+    Rows of method, dims, dtype, bytes, ratio (to the full float32 embedding), seeds, mAP and rank1 (the mean, and the
+    sample standard deviation where there are two seeds), change (of mAP against the full float32 one, the mean over the
+    seeds that both have), epochs (with those of the networks that a pruned one began with). Left out, and said, is what
+    was made of weights that are no more. Raises UserError: no record, or records that are not of one question.
+    """
+    there = records_of(folder, label)
+    if not there:
+        raise UserError(f"{folder} holds no results of {label}: `autoreid compress {label} --dataset {dataset}` makes them")
+    left_out = [f.name for f in replaced(folder, there)]
+    if left_out:
+        say(f"{', '.join(left_out)} left out: made of other weights than now lie beside them; make them anew with "
+            "--overwrite and their --methods, --dims and --seed, or take the files away")
+    there = [f for f in there if f.name not in left_out]
+    _one_question(folder, there)
+    _one_chain(there, {})
+    records = [f.record for f in there]
+    recipes = {f.record["recipe"] for f in there if f.method != "prune"}
+    found: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = {}
+    for f in there:
+        found.setdefault((f.method, f.size, f.dtype), {})[f.seed] = f.record
     fulls = {dtype: of_seed for (method, _, dtype), of_seed in found.items() if method == "full"}
     whole = fulls.get("float32", {})
     full = next((r["embedding"]["dims"] for of_seed in fulls.values() for r in of_seed.values()), None)
@@ -317,7 +499,8 @@ def summary(folder: Path, label: str, dataset: str) -> dict[str, Any]:
         })
     one = records[0]
     return {"model": label, "dataset": one["dataset"], "protocol": one["protocol"], "recipe": next(iter(recipes), None),
-            "input": one["input"], "queries": one["queries"], "rows": rows, "search": [], "environment": environment()}
+            "input": one["input"], "queries": one["queries"], "rows": rows, "left_out": left_out, "search": [],
+            "environment": environment()}
 
 
 def _place(method: str, size: int, dtype: str) -> tuple[int, int, int]:
@@ -366,6 +549,7 @@ def search(
     ``gallery``: as many embeddings as that, the dataset's repeated with a little noise. int8 by the network's own scale;
     where it has none, by that of training embeddings.
     """
+    check_gallery(dataset, root, gallery)
     net, header = load_weights(weights)
     splits = data.load(dataset, root)
     size = (int(header["input"][0]), int(header["input"][1]))
@@ -373,8 +557,6 @@ def search(
     query, answers = (extract(net, samples, size, device) for samples in (splits.query, splits.gallery))
     scale = net.scale or scale_of(extract(net, splits.train, size, device))
     images, count = len(answers), gallery or len(answers)
-    if count < images:
-        raise UserError(f"--gallery {count}: {dataset} has {images} gallery images; allowed: {images} or more")
     engines = ["exact", "int8"]
     try:
         import_faiss()
@@ -382,9 +564,30 @@ def search(
     except UserError as fault:
         say(f"without faiss: {fault}")
     rows = measure_search(engines, query, enlarged_gallery(answers, count), min(NEAREST, count), scale)
-    return {"embedding": weights.stem, "dims": net.dims, "queries": len(query), "images": images, "gallery": count,
-            "repeated": count > images, "noise": NOISE if count > images else 0.0, "nearest": min(NEAREST, count),
+    return {"embedding": weights.stem, "sha256": sha256_of(weights), "dims": net.dims, "queries": len(query),
+            "images": images, "gallery": count, "repeated": count > images,
+            "noise": NOISE if count > images else 0.0, "nearest": min(NEAREST, count),
             "threads": torch.get_num_threads(), "rows": rows}
+
+
+def check_gallery(dataset: str, root: str | None, count: int | None) -> None:
+    """Raises UserError: a gallery smaller than the dataset's."""
+    if count is not None and count < (images := len(data.load(dataset, root, parts=("gallery",)).gallery)):
+        raise UserError(f"--gallery {count}: {dataset} has {images} gallery images; allowed: {images} or more")
+
+
+def earlier_searches(folder: Path, made: Sequence[Mapping[str, Any]], weights: Path) -> list[dict[str, Any]]:
+    """The searches in the folder's ``compress.json`` that were not made again: of another gallery size or embedding, if
+    the weights in the folder ``weights`` are still the same or gone."""
+
+    def what(search: Mapping[str, Any]) -> tuple[str, int]:
+        return re.sub(r"-s\d+$", "", search["embedding"]), search["gallery"]
+
+    path, now = folder / "compress.json", {what(search) for search in made}
+    before = read_json(path, "list of results")["search"] if path.is_file() else []
+    return [search for search in before if what(search) not in now
+            and (not (file := weights / f"{search['embedding']}.safetensors").is_file()
+                 or sha256_of(file) == search.get("sha256"))]
 
 
 def enlarged_gallery(features: Tensor, count: int) -> Tensor:

@@ -125,7 +125,7 @@ class Int8(nn.Module):
 
     The gradient goes straight through ("full precision gradients on the backward pass", section 3), also where a value
     is clipped. In training the scale follows the largest absolute value of the batches (of all processes), by a running
-    mean that begins with the first; in eval mode it stands. Computed in float32 under autocast too.
+    mean that begins with the first finite one; in eval mode it stands. Computed in float32 under autocast too.
     """
 
     largest: Tensor
@@ -144,9 +144,10 @@ class Int8(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         now = parallel.largest(x.detach().float().abs().amax())
-        now = torch.where(now.isfinite(), now, self.largest)  # a step that mixed precision will skip
+        finite = now.isfinite()  # else a step that mixed precision will skip
+        now = torch.where(finite, now, self.largest)
         self.largest.copy_(torch.where(self.batches == 0, now, self.largest.lerp(now, OBSERVED)))
-        self.batches += 1
+        self.batches += finite
 
     def codes(self, x: Tensor) -> Tensor:
         """B x k int8, halves to the even code."""

@@ -212,8 +212,65 @@ def test_a_stopped_chain_goes_on_to_the_same_end_and_finished_jobs_are_left_alon
     for path in folder.glob("*.safetensors"):  # a record is enough
         path.unlink()
     compress.train(spec, "market", SMALL, tmp_path, methods=["prune"], **options)
-    with pytest.raises(UserError, match=r"--resume: .* was started with recipe.lr=0.02, now recipe.lr=0.01"):
+    with pytest.raises(UserError, match=r"-int8-s0 was started with lr=0.02, now lr=0.01: give the same options, --overw"):
         compress.train(spec, "market", replace(SMALL, lr=0.01), tmp_path, methods=["prune"], **options)
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    monkeypatch.setattr(compress, "retrain", lambda *a, **o: pytest.fail("trained before all was checked"))
+
+
+def test_an_overwritten_question_that_was_stopped_goes_on_without_the_option(market, tmp_path, monkeypatch):
+    spec, new = find_model("resnet18", MODEL), replace(SMALL, epochs=1, lr=0.01)
+    options = {"methods": ["full", "prune", "cut"], "sizes": [8], "root": str(market), "int8": "no"}
+    folder = compress.train(spec, "market", replace(SMALL, epochs=1), tmp_path, **options)
+    names = {path.name for path in folder.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(Run, "save", lambda run, state: (_ for _ in ()).throw(Preempted))
+        compress.train(spec, "market", new, tmp_path, **options, overwrite=True)
+    assert not list(folder.glob("*.json")) and not list(folder.glob("*.safetensors"))
+    compress.train(spec, "market", new, tmp_path, **options)  # the command that is printed
+    assert {path.name for path in folder.iterdir()} == names
+    assert len(compress.summary(folder, NAME, "market")["rows"]) == 3
+
+
+def test_another_recipe_start_or_dataset_with_another_seed_is_found_before_a_training(trained, market, tmp_path, untrained):
+    spec, options = find_model("resnet18", MODEL), {"methods": ["slice"], "sizes": [8], "int8": "no", "seed": 1}
+    shutil.copytree(trained, tmp_path / "market" / trained.name)
+    weights = trained / f"{NAME}-s0.safetensors"
+    other = planted.write_dataset(tmp_path / "other", planted.texture, identities=7, test_identities=5)
+    tuned = {"methods": ["full"], "init": str(weights)}
+    for recipe, root, more, field in (
+        (replace(SMALL, lr=0.01), market, {}, "recipe"), (SMALL, market, tuned, "init file and scratch"),
+        (SMALL, other, {}, "fingerprint"), (replace(SMALL, lr=0.01), market, {"overwrite": True}, "recipe"),
+    ):
+        with pytest.raises(UserError, match=f"results of {field} .*would stand side by side; write elsewhere with --out"):
+            compress.train(spec, "market", recipe, tmp_path, root=str(root), **{**options, **more})
+
+
+def test_another_chain_in_the_same_folder_is_found_before_a_training(trained, market, tmp_path, untrained):
+    spec, options = find_model("resnet18", MODEL), {"methods": ["prune"], "sizes": [4], "int8": "no", "root": str(market)}
+    shutil.copytree(trained, tmp_path / "market" / trained.name)
+    for seed in (0, 1):
+        with pytest.raises(UserError, match=f"{NAME}-prune4-s0 was pruned from {NAME}-prune8 there, asked is from {NAME}: "
+                                            ".*give the first run's --dims, or another --out"):
+            compress.train(spec, "market", SMALL, tmp_path, seed=seed, **options)
+    full = tmp_path / "market" / trained.name / f"{NAME}-s0.safetensors"
+    shutil.copy(trained / f"{NAME}-int8-s0.safetensors", full)
+    with pytest.raises(UserError, match=f"-prune8-s0 was pruned from other weights than {full.name} there: --overwrite"):
+        compress.train(spec, "market", SMALL, tmp_path, **{**options, "sizes": [8]})
+
+
+def test_own_weights_that_some_networks_cannot_begin_with_are_named_before_a_training(trained, market, tmp_path, untrained):
+    spec, weights = find_model("resnet18", MODEL), trained / f"{NAME}-s0.safetensors"
+    options = {"sizes": [8], "root": str(market), "init": str(weights)}
+    with pytest.raises(UserError, match=f"--init .*: {NAME}-slice8, {NAME}-int8, {NAME}-slice8-int8 cannot begin with "
+                                        "these weights, .*leave these out by --methods and --int8, or give the file"):
+        compress.train(spec, "market", SMALL, tmp_path, methods=["full", "slice"], **options)
+    with pytest.raises(UserError, match="which is another network"):
+        compress.train(find_model("resnet18", {"width": 5}), "market", SMALL, tmp_path, methods=["slice"], **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pruning_refuses_what_it_cannot_go_on_from(trained, market, tmp_path):
@@ -251,7 +308,8 @@ def test_fine_tuning_begins_with_autoreids_own_weights(trained, market, tmp_path
 def test_nothing_is_fitted_to_query_or_gallery():
     """A gallery image is stored as it would be in any other company."""
     train, query, gallery = torch.randn(300, 8), torch.randn(5, 8), torch.randn(20, 8)
-    both = [{fit.name: fit for fit in compress.fits_of(train, query * q, g, compress.FITTED, [2, 4], "also")}
+    names = compress.names_of_fits(8, compress.FITTED, [2, 4], "also")
+    both = [{fit.name: fit for fit in compress.fits_of(train, query * q, g, names)}
             for q, g in ((1, gallery), (9, torch.cat([gallery, 50 * torch.randn(7, 8)])))]
     assert list(both[0]) == ["after-int8", "pca4", "pca4-int8", "cut4", "cut4-int8", "pq4", "pca2", "pca2-int8", "cut2",
                              "cut2-int8", "pq2"]
@@ -262,8 +320,10 @@ def test_nothing_is_fitted_to_query_or_gallery():
     codes = both[0]["after-int8"].gallery / scale
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
     assert torch.equal(both[0]["cut4"].query, query[:, :4]) and torch.equal(both[0]["pq4"].query, query)
-    assert [fit.name for fit in compress.fits_of(train, query, gallery, ["pca", "int8"], [2], "no")] == ["pca2"]
-    assert [fit.name for fit in compress.fits_of(train, query, gallery, ["pca", "pq"], [2], "only")] == ["pca2-int8", "pq2"]
+    assert compress.names_of_fits(8, ["pca", "int8"], [2], "no") == ["pca2"]
+    assert compress.names_of_fits(8, ["pca", "pq"], [2, 5], "only") == ["pca5-int8", "pca2-int8", "pq2"]
+    [alone] = compress.fits_of(train, query, gallery, ["pca2"])  # whatever else is fitted
+    torch.testing.assert_close(alone.gallery, both[0]["pca2"].gallery)
 
 
 def test_fits_are_made_once_and_anew_of_other_weights(trained, market, tmp_path, capsys):
@@ -272,7 +332,7 @@ def test_fits_are_made_once_and_anew_of_other_weights(trained, market, tmp_path,
     options = {"methods": ["pca", "cut"], "sizes": [4], "int8": "no", "root": str(market)}
     compress.fit_all(weights, "market", tmp_path, **options)
     files = {path.name for path in tmp_path.glob("*.json")}
-    assert files == {f"{NAME}{m}-s0.json" for m in ("", "-pca4", "-cut4")} | {f"{NAME}-s0-fitted.json"}
+    assert files == {f"{NAME}{m}-s0.json" for m in ("", "-pca4", "-cut4")}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     compress.fit_all(weights, "market", tmp_path, **options)
     assert "pca, cut of a-s0.safetensors: there already" in capsys.readouterr().err
@@ -282,16 +342,61 @@ def test_fits_are_made_once_and_anew_of_other_weights(trained, market, tmp_path,
     options["sizes"] = [2]
     compress.fit_all(weights, "market", tmp_path, **options)
     assert all((tmp_path / f"{NAME}-pca{k}-s0.json").exists() for k in (4, 2))
+    (tmp_path / f"{NAME}-cut4-s0.json").unlink()
+    capsys.readouterr()
+    compress.fit_all(weights, "market", tmp_path, **{**options, "sizes": [4, 2]})  # what is missing, whoever asked before
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "mAP" in line] == ["cut4"]
     net, header = load_weights(weights)  # trained anew: what was made of the old one goes
     torch.nn.init.zeros_(net.head.neck.weight[:5])
     save_weights(weights, net, find_model("resnet18", MODEL), **{k: v for k, v in header.items()
                                                                  if k not in ("format", "version", "model")})
-    compress.fit_all(weights, "market", tmp_path, **options)
+    with pytest.raises(UserError, match=r"-s0.json is of other weights than .*a-s0.safetensors, or of another dataset .*"
+                                        "--overwrite replaces what is there, or write elsewhere with --out"):
+        compress.fit_all(weights, "market", tmp_path, **options)
+    assert (tmp_path / f"{NAME}-pca4-s0.json").exists()
+    compress.fit_all(weights, "market", tmp_path, **options, overwrite=True)
     assert not (tmp_path / f"{NAME}-pca4-s0.json").exists() and (tmp_path / f"{NAME}-pca2-s0.json").exists()
     with pytest.raises(UserError, match="--methods slice: trained weights are compressed without training; allowed: pca,"):
         compress.fit_all(weights, "market", tmp_path, methods=["slice"], root=str(market))
     with pytest.raises(UserError, match="--dims=32: allowed is 1 to 31: a-s0.safetensors has embeddings of 32"):
         compress.fit_all(weights, "market", tmp_path, sizes=[32], root=str(market))
+
+
+def test_a_network_trained_anew_in_its_folder_replaces_what_was_fitted_and_says_so(trained, market, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained, tmp_path / trained.name))
+    path = folder / f"{NAME}-cut8-s0.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, "mAP": 0, "made_from": {**before["made_from"], "sha256": "of the former"}}))
+    compress.fit_all(folder / f"{NAME}-s0.safetensors", "market", folder, methods=["cut"], sizes=[8, 4], root=str(market))
+    lines = capsys.readouterr().err.splitlines()
+    assert f"{NAME}-cut8-s0 taken away: made of other weights than" in lines[0]
+    assert [line.split(":")[0] for line in lines if "mAP" in line] == ["cut8"]
+    assert json.loads(path.read_text())["mAP"] == before["mAP"]
+
+
+def test_fits_of_another_dataset_of_that_name_are_not_taken_for_these(trained, market, tmp_path):
+    other = planted.write_dataset(tmp_path / "other", planted.texture, identities=7, test_identities=5)
+    weights, options = trained / f"{NAME}-s0.safetensors", {"methods": ["cut"], "sizes": [4], "int8": "no"}
+    compress.fit_all(weights, "market", tmp_path / "fits", root=str(market), **options)
+    with pytest.raises(UserError, match="or of another dataset than is asked for: --overwrite"):
+        compress.fit_all(weights, "market", tmp_path / "fits", root=str(other), **options)
+
+
+def test_fits_are_written_one_by_one(trained, market, tmp_path, monkeypatch, capsys):
+    weights, options = trained / f"{NAME}-s0.safetensors", {"sizes": [20, 4], "int8": "no", "root": str(market)}
+    stopped = iter((False, True))
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(compress, "asked_to_stop", lambda: next(stopped))
+        compress.fit_all(weights, "market", tmp_path, methods=["cut", "pq"], **options)
+    assert {path.name for path in tmp_path.glob("*.json")} == {f"{NAME}{m}-s0.json" for m in ("", "-cut20", "-cut4")}
+    assert "pq of 20 bytes left out: a product quantiser of 32 dimensions has at most 16 here" in capsys.readouterr().err
+    compress.fit_all(weights, "market", tmp_path, methods=["cut", "pq"], **options)
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if "mAP" in line] == ["pq4"]
+    load = data.load  # and more axes than images span are found first
+    monkeypatch.setattr(compress, "measure", lambda *a, **o: pytest.fail("measured first"))
+    monkeypatch.setattr(data, "load", lambda *a, **o: replace(load(*a, **o), train=load(*a, **o).train[:9]))
+    with pytest.raises(UserError, match="PCA to 20 dimensions: 9 training embeddings of 32 span at most 8"):
+        compress.fit_all(weights, "market", tmp_path, methods=["pca"], **options)
 
 
 def test_the_plain_fits_score_what_their_embeddings_score(trained, market):
@@ -314,7 +419,7 @@ def test_the_plain_fits_score_what_their_embeddings_score(trained, market):
 # ---------------------------------------------------------------------------------------- side by side
 def record(folder, name, seed, dims, dtype, bytes_, map_, **more):
     value = {"dataset": "market", "fingerprint": "f", "protocol": "market1501", "input": [32, 16], "views": 1,
-             "recipe": "r", "queries": {"total": 10, "scored": 10},
+             "recipe": "r", "init": "scratch", "train_fingerprint": "t", "queries": {"total": 10, "scored": 10},
              "embedding": {"dims": dims, "dtype": dtype, "bytes": bytes_}, "mAP": map_, "cmc": {"1": map_ + 0.1},
              "train": {"epochs": 10}, **more}
     (folder / f"{name}-s{seed}.json").write_text(json.dumps(value))
@@ -342,8 +447,10 @@ def test_the_table_is_over_seeds_and_its_changes_are_paired(tmp_path):
 
 
 @pytest.mark.parametrize(("more", "words"), [
-    ({"recipe": "q"}, "results of the recipes q and r lie side by side"),
-    ({"fingerprint": "g"}, "results of fingerprint f and g lie side by side"),
+    ({"recipe": "q"}, "results of recipe q and r would stand side by side"),
+    ({"fingerprint": "g"}, "results of fingerprint f and g would stand side by side"),
+    ({"init": "file", "init_sha256": "0"}, "results of init file and scratch would stand side by side"),
+    ({"train_fingerprint": "g"}, "results of train_fingerprint g and t would stand side by side"),
 ])
 def test_results_of_two_questions_are_refused(tmp_path, more, words):
     record(tmp_path, "net", 0, 8, "float32", 32, 0.5)
@@ -352,6 +459,36 @@ def test_results_of_two_questions_are_refused(tmp_path, more, words):
         compress.summary(tmp_path, "net", "market")
     with pytest.raises(UserError, match="holds no results of nut: `autoreid compress nut --dataset market` makes them"):
         compress.summary(tmp_path, "nut", "market")
+
+
+def test_what_was_made_of_weights_that_are_no_more_is_left_out(tmp_path, capsys):
+    for name, text in (("net", b"new"), ("net-int8", b"same")):
+        (tmp_path / f"{name}-s0.safetensors").write_bytes(text)
+    old, same = (hashlib.sha256(text).hexdigest() for text in (b"old", b"same"))
+    record(tmp_path, "net", 0, 8, "float32", 32, 0.5)
+    record(tmp_path, "net-int8", 0, 8, "int8", 8, 0.5)
+    for name, dtype, sha in (("", "float32", old), ("-int8", "int8", same)):
+        source = {"init": "pruned", "recipe": "s"}
+        record(tmp_path, f"net-prune4{name}", 0, 4, dtype, 4, 0.4, **source, init_file=f"net{name}-s0.safetensors",
+               init_sha256=sha)
+        record(tmp_path, f"net-prune2{name}", 0, 2, dtype, 4, 0.3, **source, init_file=f"net-prune4{name}-s0.safetensors",
+               init_sha256="its weights are not there")
+    for seed in (0, 1):  # the weights of seed 1 are gone: believed
+        made_from = {"file": f"net-s{seed}.safetensors", "sha256": old}
+        record(tmp_path, "net-pca4", seed, 4, "float32", 16, 0.3, made_from=made_from)
+    found = compress.summary(tmp_path, "net", "market")
+    assert [(row["method"], row["dims"], row["dtype"], row["seeds"]) for row in found["rows"]] == [
+        ("full", 8, "float32", [0]), ("full", 8, "int8", [0]), ("prune", 4, "int8", [0]), ("prune", 2, "int8", [0]),
+        ("pca", 4, "float32", [1])]
+    assert found["left_out"] == ["net-pca4-s0", "net-prune2-s0", "net-prune4-s0"]
+    assert "net-pca4-s0, net-prune2-s0, net-prune4-s0 left out: made of other weights" in capsys.readouterr().err
+
+
+def test_seeds_pruned_through_other_sizes_are_refused(tmp_path):
+    for seed, source in ((0, "net-prune4"), (1, "net")):
+        record(tmp_path, "net-prune2", seed, 2, "float32", 8, 0.3, init="pruned", init_file=f"{source}-s{seed}.safetensors")
+    with pytest.raises(UserError, match="net-prune2-s1 was pruned from net there, another seed's was from net-prune4: "):
+        compress.summary(tmp_path, "net", "market")
 
 
 # ---------------------------------------------------------------------------------------- search
@@ -403,8 +540,16 @@ def test_the_command_trains_prints_a_table_and_draws_it(market, tmp_path, monkey
     assert json.loads((folder / "compress.json").read_text()) == found
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert f"next: autoreid compress resnet18 --dataset market --root {market} --methods slice,prune,int8 --dims 4" in err
-    assert err.rstrip().endswith("--seed 1") and "--epochs 2" in err.splitlines()[-1] and len(found["search"]) == 2
-    assert main(command) == 0  # at once, from the records
+    assert err.rstrip().endswith("--seed 1") and "--gallery" not in err
+    assert "--epochs 2" in err.splitlines()[-1] and len(found["search"]) == 2
+    for more, words in ((["--gallery", "3"], "--gallery 3: market has 30 gallery images"), (["--methods", ""], "no metho")):
+        with monkeypatch.context() as patch:
+            patch.setattr(compress, "retrain", lambda *a, **o: pytest.fail("trained first"))
+            assert main([*command, *more]) == 2 and words in capsys.readouterr().err
+    assert main([*command, "--gallery", "50", "--workers", "1", "--cache", "kept"]) == 0  # at once, from the records
+    err = capsys.readouterr().err
+    assert "--device cpu --workers 1 --cache kept --gallery 50 --set" in err.splitlines()[-1]
+    assert main(command) == 0
     out, err = capsys.readouterr()
     assert "ratio" in out and "recall" in out and err.count("is finished: nothing to resume") == 6
 
@@ -418,7 +563,12 @@ def test_the_command_compresses_weights_as_they_are(trained, market, tmp_path, m
     assert [row["method"] for row in found["rows"]] == ["full", "pca", "pca", "pq", "int8", "cut", "cut"]
     assert found["search"][0]["gallery"] == 100 and len(found["search"]) == 1
     assert Path(f"results/market/{NAME}-s0-compress/{NAME}-cut4-s0.json").is_file()
+    before = found["search"]
+    assert main([*command, "--json"]) == 0  # of the gallery as it is: the other's figures stay
+    search = json.loads(capsys.readouterr().out)["search"]
+    assert [s["gallery"] for s in search] == [30, 100] and search[1:] == before
     for options, words in (
+        (["--methods", ""], "no method is given; known: pca"),
         (["--epochs", "3"], "trained weights are compressed as they are; leave out --set, --epochs"),
         (["--dims", "4,x"], "--dims 4,x: give whole numbers as in 384,192,64"),
         (["--methods", "prune"], "--methods prune: trained weights are compressed without training"),

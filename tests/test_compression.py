@@ -184,6 +184,10 @@ def test_the_scale_follows_training_and_stands_in_evaluation():
     assert torch.equal(quantiser.largest, before)
     quantiser.eval()(100 * torch.randn(8, 3))
     assert torch.equal(quantiser.largest, before)
+    late = Int8()
+    late(torch.full((2, 3), torch.nan))  # is not the first
+    late(batches[1])
+    assert float(late.largest) == float(batches[1].abs().max()) and int(late.batches) == 1
     zero = Int8()
     assert torch.equal(zero(torch.zeros(2, 3)), torch.zeros(2, 3)) and zero.scale > 0
 

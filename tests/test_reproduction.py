@@ -257,7 +257,7 @@ def test_there_is_something_to_test():
 def test_every_command_is_accepted(command):
     args = build_parser().parse_args(shlex.split(command)[1:])
     changes = split_pairs(args.changes)
-    if args.command == "retrain":
+    if args.command in ("retrain", "compress"):
         searched = args.model.startswith("searches/")  # a network that the command before it finds
         accepts("random-reid" if searched else args.model, changes, args.recipe)
     elif args.command == "search":
