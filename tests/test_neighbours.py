@@ -242,6 +242,17 @@ def test_the_scale_of_trained_codes_loses_nothing():
     assert rows[0]["recall"] == 1.0 and rows[0]["bytes"] == 80 * 24 + 80 * 4 + 4
 
 
+def test_another_as_near_is_found_and_a_farther_one_is_not():
+    class Last(FloatGallery):
+        def search(self, query, k):
+            found = super().search(query, len(self))
+            return type(found)(found.distances[:, -k:], found.indices[:, -k:])
+
+    query = torch.zeros(1, 2)
+    for gallery, recall in (([[0, 1.0], [1, 0], [0, -1]], 1.0), ([[0, 1.0], [1, 0], [0, -1.00001]], 0.5)):
+        assert measure_search({"last": Last}, query, torch.tensor(gallery), 2)[0]["recall"] == recall
+
+
 def test_an_unknown_engine_is_named():
     with pytest.raises(UserError, match="unknown search engine 'hnsw'; known: exact, faiss-flat, faiss-hnsw"):
         measure_search(["hnsw"], vectors(1, 2), vectors(2, 2), 1)
