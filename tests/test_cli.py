@@ -89,8 +89,8 @@ def test_the_names_in_the_help_texts_are_the_tables(capsys):
 # ---------------------------------------------------------------------------------------- mistakes, word by word
 def test_unknown_names(capsys, tmp_path, cache):
     assert words(capsys, "serch") == (
-        "autoreid: unknown command 'serch'; did you mean 'search'? known: anytime, compare, compress, cost, data, demo, density, "
-        "evaluate, export, find, index, retrain, score, search, sweep, tune"
+        "autoreid: unknown command 'serch'; did you mean 'search'? known: anytime, compare, compress, cost, data, demo, "
+        "density, evaluate, export, find, index, retrain, score, search, sweep, tune"
     )
     assert words(capsys, "search", "--dataset", "markt").startswith(
         "autoreid: unknown dataset 'markt'; did you mean 'market'?")

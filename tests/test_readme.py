@@ -61,8 +61,8 @@ SMALL = {  # the README's commands are for real data and a GPU; these make them 
                "--set", "images=2"],
     "retrain": ["--epochs", "1", "--input", "32x16", "--set", "identities=3", "--set", "images=2"],
     "cost": ["--no-latency"],
-    "compress": ["--methods", "slice,pca", "--dims", "32", "--epochs", "1", "--input", "32x16", "--set", "identities=3", "--set",
-                 "images=2"],
+    "compress": ["--methods", "slice,pca", "--dims", "32", "--epochs", "1", "--input", "32x16", "--set", "identities=3",
+                 "--set", "images=2"],
     "export": ["--min-cosine", "0"],  # of a network of one epoch
     "tune": ["--trials", "1", "--fields", "flip", "--panel", "resnet18:stem=3:width=4", "--epochs", "1", "--input", "32x16",
              "--set", "identities=2", "--set", "images=2"],
