@@ -53,9 +53,10 @@ def words(capsys, *argv: str) -> str:
 def test_help_is_fast_and_needs_no_torch():
     seconds = []
     for arguments in (["--help"], *([name, "--help"] for name in COMMANDS)):
-        begin = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-m", "autoreid", *arguments], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - begin)
+        after = os.times()  # of processor time: what else the machine does is not ours
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert ("example: autoreid" in done.stdout) or arguments == ["--help"]
     assert statistics.median(seconds) < 0.5
     code = "import sys\nfrom autoreid.cli import build_parser\nbuild_parser()\nsys.exit('torch' in sys.modules)"
