@@ -22,7 +22,7 @@ def curve(record: Mapping[str, Any]) -> Figure:
     average, with the standard deviation over the orders in which the queries came.
     """
     figure = new_figure(11.5, 5.2, layout="constrained")
-    title = f"{record['model']} on {record['dataset']}: accuracy against computation"
+    title = f"{record['model']}\non {record['dataset']}: accuracy against computation"  # names are long
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     panels = figure.subplots(1, 2)
     largest = max(row["macs_run"] for row in (*record["exits"], *record["ensemble"]))

@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,40 @@ def test_the_guide_quotes_the_panel():
         gain = [b - a for a, b in zip(old, new, strict=True)]
         cells = " | ".join(f"{100 * statistics.mean(v):.1f} ± {100 * statistics.stdev(v):.1f}" for v in (old, new, gain))
         assert f"| {model} | {cells} |" in text
+
+
+def test_the_recorded_anytime_study_is_what_its_guide_quotes():
+    guide = " ".join((ROOT / "docs" / "anytime.md").read_text().split())
+    of_model = defaultdict(list)
+    for path in sorted((ROOT / "results" / "anytime" / "drawn-people").glob("*-anytime/anytime.json")):
+        record = json.loads(path.read_text())
+        of_model[record["model"]].append(record)
+    assert len(of_model) == 3 and all([r["seed"] for r in records] == [0, 1, 2] for records in of_model.values())
+
+    def spread(values, sign=""):
+        return f"{100 * statistics.mean(values):{sign}.1f} ± {100 * statistics.stdev(values):.1f}"
+
+    def words(texts):
+        return "{}, {} and {}".format(*texts)
+
+    gains, times = defaultdict(list), defaultdict(list)
+    for records in of_model.values():  # in the order of the table
+        for kind in ("exits", "ensemble"):
+            for rows in zip(*(record[kind] for record in records), strict=True):
+                scores = (spread([r["mAP"] for r in rows]), spread([r["cmc"]["1"] for r in rows]))
+                assert f"| {rows[0]['macs_run']:,} | {scores[0]} | {scores[1]} |" in guide
+        for record in records:
+            rises = [row["mAP"] for row in record["exits"]]
+            assert rises == sorted(rises) and record["fusion"] == sorted(record["fusion"])
+        for confidence in ("margin", "distance"):
+            for name, of in (("rank1", lambda s: s["cmc"]["1"]["mean"]), ("mAP", lambda s: s["mAP"]["mean"])):
+                gains[confidence, name].append(spread([
+                    statistics.mean(of(ours) - of(chance) for ours, chance in zip(
+                        *([s for s in r["streams"] if s["confidence"] == kind] for kind in (confidence, "random")),
+                        strict=True)) for r in records
+                ], "+"))
+        for part in ("_network", ""):
+            ratios = [r["timed"][f"stream{part}_ms"]["mean"] / r["timed"][f"full{part}_ms"]["mean"] for r in records]
+            times[part].append(f"{100 * statistics.mean(ratios):.0f} %")
+        times["budget"].append(f"{100 * records[0]['timed']['budget'] / records[0]['exits'][-1]['macs_run']:.0f} %")
+    assert all(words(texts) in guide for texts in (*gains.values(), *times.values()))
