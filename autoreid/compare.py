@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: not valid JSON ({error}); delete it or write it again") from None
-    if not isinstance(result, dict):
+    if not isinstance(result, dict) or "streams" in result:  # what `autoreid anytime` records is no result
         return None
     missing = [name for name in REQUIRED if name not in result]
     if len(missing) > len(REQUIRED) / 2:

@@ -82,10 +82,10 @@ def files_of(path: Path) -> list[Path]:
 
 
 def result_of(weights: str | Path, plan: Plan, dataset: str, results: str | Path | None) -> Path:
-    """The result's file, under ``results``; where that is None beside the weights if these lie in the dataset's folder,
-    else under ``results`` in the working folder."""
+    """The result's file, under ``results``; where that is None beside the weights if these lie in the dataset's folder or
+    in one inside it, else under ``results`` in the working folder."""
     path, folder = Path(weights), folder_name(dataset)
-    beside = results is None and path.absolute().parent.name == folder
+    beside = results is None and folder in [parent.name for parent in path.absolute().parents[:2]]  # or a folder in it
     name, seed = re.fullmatch(r"(.*?)((?:-s\d+)?)", path.stem).groups()  # type: ignore[union-attr]
     return (path.parent if beside else Path(results or "results") / folder) / f"{plan.name(name, True)}{seed}.json"
 

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 import uuid
 from collections import Counter
@@ -458,7 +459,8 @@ class Index:
         return UserError(
             f"{self.path} was made by {about['label']} (SHA-256 {about['sha256'][:12]}...) and {weights} are other weights "
             f"({found[:12]}...), whose embeddings mean something else: give --weights of the former, or make the index "
-            "anew with --overwrite"
+            f"anew: autoreid index DIR --weights {shlex.quote(str(weights))} --out {shlex.quote(str(self.path))} "
+            "--overwrite"
         )
 
     # ------------------------------------------------------------------------------------ what is in it

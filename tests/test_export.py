@@ -485,6 +485,9 @@ def test_where_results_go(tmp_path):
     plan = Plan("onnx", int8=True, inside=True, batch=4)
     assert plan.file_beside(weights) == tmp_path / "market" / "searched-s0-s1-int8-inside-b4.onnx"
     assert export.result_of(weights, plan, "market", None) == weights.with_name("searched-s0-onnx-int8-inside-b4-s1.json")
+    compressed = tmp_path / "market" / "searched-compress" / "searched-slice8-s1.safetensors"
+    beside = compressed.with_name("searched-slice8-onnx-s1.json")
+    assert export.result_of(compressed, Plan("onnx"), "market", None) == beside
     assert export.result_of(weights, Plan("onnx"), "veri", None) == Path("results/veri/searched-s0-onnx-s1.json")
     assert export.result_of("net.safetensors", Plan("onnx", exit=2), "cuhk03/labeled", "r") == Path(
         "r/cuhk03-labeled/net-exit2-onnx.json")

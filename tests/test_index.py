@@ -174,7 +174,8 @@ def test_identities_are_removed(own):
 def test_other_weights_are_refused(own, tmp_path):
     other = write_weights(tmp_path / "other.safetensors", seed=1)
     people = write_people(tmp_path / "more", {"dora": 1})
-    with pytest.raises(UserError, match="was made by small .* are other weights") as fault:
+    with pytest.raises(UserError, match="was made by small .* are other weights .* anew: autoreid index DIR "
+                       "--weights .*other.safetensors --out .* --overwrite$") as fault:
         Index.open(own, other)  # before anything is removed or said of it
     assert "\n" not in str(fault.value)
     fresh = Index.create(tmp_path / "late.index", other)  # while it embeds another process writes the file by its weights

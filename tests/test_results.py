@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from autoreid.compare import count, paired, percent, read_results, table
+from autoreid.errors import UserError
 from autoreid.genotype import Genotype
 from autoreid.network import find_model, parameters
 from autoreid.recipe import find_recipe
@@ -156,3 +157,44 @@ def test_the_recorded_anytime_study_is_what_its_guide_quotes():
             times[part].append(f"{100 * statistics.mean(ratios):.0f} %")
         times["budget"].append(f"{100 * records[0]['timed']['budget'] / records[0]['exits'][-1]['macs_run']:.0f} %")
     assert all(words(texts) in guide for texts in (*gains.values(), *times.values()))
+
+
+def test_what_anytime_records_is_no_result():
+    folder = next((ROOT / "results" / "anytime" / "drawn-people").glob("*-anytime"))
+    with pytest.raises(UserError, match="^no results in "):
+        read_results(folder)
+
+
+def test_the_recorded_compression_study_is_what_its_guide_quotes():
+    guide = " ".join((ROOT / "docs" / "compression.md").read_text().split())
+    [path] = (ROOT / "results" / "compression" / "drawn-people").glob("*/compress.json")
+    study = json.loads(path.read_text())
+
+    def spread(values):
+        return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+    scores = defaultdict(dict)
+    for row in study["rows"]:
+        dims, dtype = row["dims"], row["dtype"]
+        size = row["bytes"] if dtype == "pq" else dims
+        middle = {"full": "", "int8": "-after", "low-rank": f"-lowrank{size}"}.get(row["method"], f"-{row['method']}{size}")
+        name = f"{study['model']}{middle}{'-int8' if dtype == 'int8' else ''}"
+        records = [json.loads((path.parent / f"{name}-s{seed}.json").read_text()) for seed in range(3)]
+        values = [record["mAP"] for record in records]
+        assert row["seeds"] == [record["seed"] for record in records] == [0, 1, 2]
+        assert row["mAP"]["mean"] == pytest.approx(statistics.mean(values), abs=1e-12)
+        assert all(record["embedding"]["bytes"] == row["bytes"] for record in records)
+        scores[row["method"], dtype][size] = values
+    full, trained = spread(scores["full", "float32"][256]), spread(scores["full", "int8"][256])
+    assert f"has {full} in float32, {trained} trained in int8" in guide
+    assert f"and {spread(scores['int8', 'int8'][256])} rounded to int8 after training" in guide
+    for (method, _), sizes in scores.items():
+        if method not in ("full", "int8"):
+            assert " | ".join(spread(sizes[size]) for size in (128, 64, 32, 8)) in guide
+
+    def lost(method, size, dtype="float32"):
+        means = [statistics.mean(values) for values in (scores["full", "float32"][256], scores[method, dtype][size])]
+        return f"{100 * (means[0] - means[1]):.1f}"
+
+    assert (lost("slice", 128), lost("prune", 32), lost("full", 256, "int8"), lost("pca", 32), lost("pq", 8, "pq"),
+            lost("prune", 8, "int8")) == ("4.7", "5.5", "1.8", "1.3", "11.3", "29.8")
